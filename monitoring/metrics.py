@@ -1,0 +1,166 @@
+"""Every metric of the project, and the two ways out: an exporter of its own and a rendered page.
+
+It owns names, labels and buckets; it does not know who measures. A constant is its metric's name in capitals without
+the `stiv_`. Metrics stand in three registries, one a kind of process, so that a server never shows a training loss
+of 0: TRAINING (rank 0 of a stage), PIPELINE (promotion and export) and SERVING. No run, job or user id is a label.
+"""
+
+import threading
+from dataclasses import dataclass
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    start_http_server,
+)
+
+# A `_created` series beside each counter and histogram would double the page, and nothing reads it.
+disable_created_metrics()
+
+TRAINING = CollectorRegistry()
+PIPELINE = CollectorRegistry()
+SERVING = CollectorRegistry()
+
+# Edges in seconds. Steps run from milliseconds (tiny, one GPU call) to a minute (CPU, large); a video, a checkpoint
+# and an export take from seconds to an hour.
+_STEP_EDGES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_MINUTES_EDGES = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0)
+_ROW_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+
+TRAINING_STAGE_INFO = Gauge(
+    "stiv_training_stage_info",
+    "1, with the stage this process trains, its task and the number of ranks.",
+    ["stage", "task", "world_size"],
+    registry=TRAINING,
+)
+TRAINING_LOSS = Gauge(
+    "stiv_training_loss", "Flow-matching loss of the last optimizer step, mean over ranks.", registry=TRAINING
+)
+TRAINING_GRAD_NORM = Gauge(
+    "stiv_training_grad_norm", "Norm of the last gradient before it was clipped.", registry=TRAINING
+)
+TRAINING_LEARNING_RATE = Gauge(
+    "stiv_training_learning_rate", "Learning rate of the last optimizer step.", registry=TRAINING
+)
+TRAINING_STEPS_TOTAL = Counter("stiv_training_steps_total", "Optimizer steps done by this process.", registry=TRAINING)
+TRAINING_SAMPLES_TOTAL = Counter(
+    "stiv_training_samples_total", "Clips trained on by all ranks while this process ran.", registry=TRAINING
+)
+TRAINING_STEP_SECONDS = Histogram(
+    "stiv_training_step_seconds",
+    "Wall time of one optimizer step, its data included.",
+    buckets=_STEP_EDGES,
+    registry=TRAINING,
+)
+TRAINING_CHECKPOINT_SECONDS = Histogram(
+    "stiv_training_checkpoint_seconds",
+    "Wall time to write one checkpoint until it is durable.",
+    buckets=_MINUTES_EDGES,
+    registry=TRAINING,
+)
+TRAINING_LAST_CHECKPOINT_TIMESTAMP_SECONDS = Gauge(
+    "stiv_training_last_checkpoint_timestamp_seconds",
+    "Unix time of the last durable checkpoint; 0 while there is none.",
+    registry=TRAINING,
+)
+
+PROMOTIONS_TOTAL = Counter(
+    "stiv_promotions_total",
+    "Checkpoints that came to their gate, by stage and outcome: promoted or refused.",
+    ["stage", "outcome"],
+    registry=PIPELINE,
+)
+EXPORT_SECONDS = Histogram(
+    "stiv_export_seconds",
+    "Wall time of one export, its parity check included.",
+    buckets=_MINUTES_EDGES,
+    registry=PIPELINE,
+)
+PARITY_MAX_ABS_ERROR = Gauge(
+    "stiv_parity_max_abs_error",
+    "Largest difference between the exported engine and PyTorch in the last parity check.",
+    registry=PIPELINE,
+)
+
+ENGINE_INFO = Gauge(
+    "stiv_engine_info",
+    "1, with the engine that serves: its kind, its stage and the start of its digest.",
+    ["engine", "stage", "digest"],
+    registry=SERVING,
+)
+JOBS_TOTAL = Counter(
+    "stiv_jobs_total", "Jobs that ended, by outcome: completed, failed or cancelled.", ["outcome"], registry=SERVING
+)
+JOBS_RUNNING = Gauge("stiv_jobs_running", "Jobs that are being denoised now.", registry=SERVING)
+QUEUE_DEPTH = Gauge("stiv_queue_depth", "Jobs that wait for a worker.", registry=SERVING)
+DENOISE_STEP_SECONDS = Histogram(
+    "stiv_denoise_step_seconds",
+    "Wall time of one denoise step of one batch.",
+    buckets=_STEP_EDGES,
+    registry=SERVING,
+)
+DENOISE_BATCH_ROWS = Histogram(
+    "stiv_denoise_batch_rows", "Rows in one denoise step, two a video.", buckets=_ROW_EDGES, registry=SERVING
+)
+JOB_SECONDS = Histogram(
+    "stiv_job_seconds", "Time from a job's creation to its end.", buckets=_MINUTES_EDGES, registry=SERVING
+)
+STAGE_SECONDS = Histogram(
+    "stiv_stage_seconds",
+    "Wall time a job spends in one part of its way: encode, denoise, decode or store.",
+    ["stage"],
+    buckets=_MINUTES_EDGES,
+    registry=SERVING,
+)
+HTTP_REQUESTS_TOTAL = Counter(
+    "stiv_http_requests_total",
+    "Requests answered, by route template, method and status code.",
+    ["route", "method", "status"],
+    registry=SERVING,
+)
+REQUEST_REJECTED_TOTAL = Counter(
+    "stiv_request_rejected_total", "Requests refused before a job was made, by reason.", ["reason"], registry=SERVING
+)
+
+# Until the first measurement 0 would be a lie: a perfect loss, an exact engine.
+for _unmeasured in (TRAINING_LOSS, TRAINING_GRAD_NORM, TRAINING_LEARNING_RATE, PARITY_MAX_ABS_ERROR):
+    _unmeasured.set(float("nan"))
+
+
+def set_info(metric: Gauge, **labels: str) -> None:
+    """State an `_info` metric's labels; what it said before is gone."""
+    metric.clear()
+    metric.labels(**labels).set(1)
+
+
+def render(registry: CollectorRegistry = SERVING) -> tuple[bytes, str]:
+    """The page a scrape reads, and its content type."""
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+@dataclass(slots=True, frozen=True)
+class Exporter:
+    """A running metrics endpoint; `port` is the real one."""
+
+    port: int
+    _server: WSGIServer
+    _thread: threading.Thread
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def start_exporter(port: int, registry: CollectorRegistry = TRAINING, *, host: str = "127.0.0.1") -> Exporter:
+    """Serve `registry` at `http://host:port/metrics` from a thread; port 0 takes a free one."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"metrics port {port} is outside 0 to 65535; 0 takes a free one")
+    server, thread = start_http_server(port, addr=host, registry=registry)
+    return Exporter(server.server_port, server, thread)
