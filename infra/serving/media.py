@@ -1,0 +1,104 @@
+"""Files in and out: the uploaded image becomes the conditioning frame; frames become mp4, thumbnail and sprite sheet.
+
+It owns formats and their checks; it knows nothing of jobs, latents or where files are kept.
+"""
+
+import io
+import math
+import struct
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import OutputContainer
+from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps
+
+from model.generation import Clip
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+"""What PIL raises on broken files."""
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""Hundreds of megapixels; the warning is an exception only where the process makes it one."""
+
+
+class BadImage(ValueError):
+    """An upload that cannot be the first frame."""
+
+
+def conditioning_image(data: bytes, *, width: int, height: int, max_pixels: int) -> bytes:
+    """The upload as a PNG of exactly width x height: turned upright, scaled to cover, cropped at the centre."""
+    allowed = ", ".join(FORMATS)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImage(
+                    f"the image has {image.width}x{image.height} = {image.width * image.height} pixels,"
+                    f" at most {max_pixels} are read; scale it down"
+                )
+            image.verify()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # verify() leaves an image that cannot be read
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except BadImage:
+        raise
+    except _BOMB:
+        raise BadImage(f"the image has far more than {max_pixels} pixels; scale it down") from None
+    except _UNREADABLE:
+        raise BadImage(
+            f"the {len(data)} bytes are not a readable image; upload one of {allowed}, complete and undamaged"
+        ) from None
+    return _encoded(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS), "PNG")
+
+
+def read_image(data: bytes) -> Clip:
+    """A stored conditioning image as one frame [1, H, W, 3]."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.asarray(image.convert("RGB"))[None]
+
+
+def write_mp4(path: Path, clip: Clip, fps: int) -> None:
+    """H.264 as every player reads it: yuv420p, BT.709, index at the front."""
+    height, width = clip.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames of {width}x{height} cannot be yuv420p video: both sides must be even")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        options = {"crf": "16", "preset": "medium"}
+        stream = container.add_stream("libx264", Fraction(fps), options)  # pyright: ignore[reportUnknownMemberType]
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # the same frames give the same bytes on every machine
+        stream.codec_context.colorspace = Colorspace.ITU709
+        for pixels in clip:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            _write_frame(container, stream, frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709))
+        _write_frame(container, stream, None)
+
+
+def _write_frame(container: OutputContainer, stream: VideoStream, frame: av.VideoFrame | None) -> None:
+    """None writes what the encoder still holds back."""
+    container.mux(stream.encode(frame))  # pyright: ignore[reportUnknownMemberType]
+
+
+def thumbnail(clip: Clip) -> bytes:
+    """The first frame as WebP."""
+    return _encoded(Image.fromarray(clip[0]), "WEBP")
+
+
+def spritesheet(clip: Clip) -> bytes:
+    """All frames in reading order on a nearly square sheet, as JPEG."""
+    count, height, width = clip.shape[:3]
+    columns = math.ceil(math.sqrt(count))
+    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
+    for index, pixels in enumerate(clip):
+        sheet.paste(Image.fromarray(pixels), (index % columns * width, index // columns * height))
+    return _encoded(sheet, "JPEG")
+
+
+def _encoded(image: Image.Image, format: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, quality=90)
+    return buffer.getvalue()

@@ -1,0 +1,177 @@
+"""One served model: a request becomes a row, rows become less noisy together, a finished row becomes frames.
+
+It owns the engine, the codec and the text encoder of an engine bundle; it knows nothing of jobs, files or clients.
+All that is random about a row comes from its request's seed, so a video does not depend on its batch mates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.bundle import load_bundle, load_engine
+from export.engine import Engine
+from export.profiles import ShapeProfile
+from infra.serving import media
+from infra.serving.limits import VideoRequest
+from model.conditioning import Conditions, first_frames, micro_conditions
+from model.generation import Clip, to_clips, to_frames
+from model.recipe import SamplingConfig, StageRecipe
+from model.sampler import Guidance, ImageCondition, Solver, Step, denoise_step, no_image, timestep_schedule
+from model.text import TextEncoder, load_text_encoder
+from model.vae import FrameCodec, load_codec
+
+
+class Diverged(ArithmeticError):
+    """A row whose latents are no longer finite."""
+
+
+@dataclass(slots=True)
+class DenoiseRow:
+    """A video on its way from noise to data."""
+
+    job_id: str
+    request: VideoRequest
+    latents: Tensor
+    """[1, T, C, h, w] at `schedule[step]`."""
+    schedule: Tensor
+    """Flow times [steps + 1]."""
+    conditional: Conditions
+    null: Conditions
+    image: ImageCondition
+    sampling: SamplingConfig
+    step: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.schedule) - 1
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.num_steps
+
+    @property
+    def progress(self) -> int:
+        """Percent; 100 is for a video that can be downloaded."""
+        return min(99, 100 * self.step // self.num_steps)
+
+    @property
+    def diffuses(self) -> bool:
+        """Whether the next update is one of the SDE; the last one never is."""
+        return self.sampling.stochastic and self.step < self.num_steps - 1
+
+    @property
+    def key(self) -> tuple[torch.Size, Solver, bool]:
+        return self.latents.shape, self.sampling.solver, self.diffuses
+
+    def noise(self) -> Tensor:
+        """Standard normal for the next update, the same whenever it is drawn."""
+        return _normal(self.latents.shape, self.request.seed, stream=1 + self.step)
+
+    def require_finite(self) -> None:
+        if not bool(torch.isfinite(self.latents).all()):
+            raise Diverged(f"latents of job {self.job_id} are not finite after step {self.step} of {self.num_steps}")
+
+
+class VideoPipeline:
+    def __init__(
+        self,
+        engine: Engine,
+        codec: FrameCodec,
+        text_encoder: TextEncoder,
+        recipe: StageRecipe,
+        *,
+        profile: ShapeProfile | None = None,
+        digest: str = "",
+    ) -> None:
+        """`profile` bounds what the engine takes, None if it takes any shape; `digest` names it in the metrics."""
+        self.engine = engine
+        self.profile = profile
+        self.digest = digest
+        self.codec = codec
+        self.text_encoder = text_encoder
+        self.recipe = recipe
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The model of an engine bundle, after every byte of it was checked."""
+        bundle, engine = load_bundle(folder), load_engine(folder)
+        recipe = bundle.recipe
+        return cls(
+            engine,
+            load_codec(folder, recipe.vae),
+            load_text_encoder(recipe.text),
+            recipe,
+            profile=engine.profile,
+            digest=bundle.digest,
+        )
+
+    @torch.inference_mode()
+    def prepare(self, job_id: str, request: VideoRequest, image: bytes | None) -> DenoiseRow:
+        """The row at pure noise, with the image's latents as its clean first frame."""
+        factor = self.codec.spatial_factor
+        shape = (1, request.num_frames, self.codec.latent_channels, request.height // factor, request.width // factor)
+        noise = _normal(shape, request.seed, stream=0)
+        embedding = self.text_encoder.encode([request.prompt, request.negative_prompt])
+        video = self.recipe.video.model_copy(
+            update={"height": request.height, "width": request.width, "num_frames": request.num_frames}
+        )
+        both = Conditions.of(embedding, micro_conditions(video, batch=2))
+        condition = no_image(noise) if image is None else self._image_condition(image, noise)
+        return DenoiseRow(
+            job_id=job_id,
+            request=request,
+            latents=noise,
+            schedule=timestep_schedule(request.num_inference_steps, request.flow_shift),
+            conditional=both.rows(slice(0, 1)),
+            null=both.rows(slice(1, 2)),
+            image=condition,
+            sampling=self.recipe.sampling,
+        )
+
+    @torch.inference_mode()
+    def advance(self, rows: Sequence[DenoiseRow]) -> None:
+        """One denoise step of rows whose keys are equal; a failure leaves every row as it was."""
+        first = rows[0]
+        step = Step(
+            start=torch.stack([row.schedule[row.step] for row in rows]),
+            end=torch.stack([row.schedule[row.step + 1] for row in rows]),
+            solver=first.sampling.solver,
+            diffusion_noise=torch.cat([row.noise() for row in rows]) if first.diffuses else None,
+        )
+        guidance = Guidance(
+            conditional=Conditions.stack([row.conditional for row in rows]),
+            null=Conditions.stack([row.null for row in rows]),
+            scale=torch.tensor([row.request.guidance_scale for row in rows]),
+            renormalize=self.recipe.sampling.renormalize,
+        )
+        image = ImageCondition(
+            latents=torch.cat([row.image.latents for row in rows]),
+            frame_mask=torch.cat([row.image.frame_mask for row in rows]),
+            noise=torch.cat([row.image.noise for row in rows]),
+        )
+        latents = torch.cat([row.latents for row in rows])
+        moved = denoise_step(self.engine.denoise, latents, step, guidance, image)
+        for row, its_latents in zip(rows, moved.chunk(len(rows)), strict=True):
+            row.latents = its_latents
+            row.step += 1
+
+    @torch.inference_mode()
+    def decode(self, row: DenoiseRow) -> Clip:
+        """Pixels of a finished row."""
+        return to_clips(self.codec.decode(row.latents))[0]
+
+    def _image_condition(self, image: bytes, noise: Tensor) -> ImageCondition:
+        latents = torch.zeros_like(noise)
+        latents[:, :1] = self.codec.encode(to_frames([media.read_image(image)]))
+        return ImageCondition(latents, first_frames(1, noise.shape[1]), noise)
+
+
+def _normal(shape: Sequence[int], seed: int, *, stream: int) -> Tensor:
+    """Standard normal that depends on seed and stream alone; drawn on the CPU, so on no device either."""
+    state = int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0])
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(state & (2**63 - 1)))

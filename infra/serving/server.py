@@ -1,0 +1,101 @@
+"""The server process: one worker thread behind one HTTP app, started and stopped in good order.
+
+It owns how the parts are put together; it knows nothing of what they do.
+"""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from sqlalchemy import make_url
+from starlette.concurrency import run_in_threadpool
+
+from export.profiles import ShapeProfile
+from infra.serving.api import Service, create_app
+from infra.serving.jobs import JobStore
+from infra.serving.limits import ServedModel, ServingLimits
+from infra.serving.pipeline import VideoPipeline
+from infra.serving.settings import ServerSettings
+from infra.serving.worker import Worker
+from infra.store import open_store
+from monitoring import logs, metrics
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve an engine folder until SIGTERM or SIGINT; running videos may finish for `drain_s`."""
+    logs.configure()
+    pipeline = VideoPipeline.load(settings.engine)
+    server = make_server(settings, pipeline)
+    logger.info("serving %s on http://%s:%s", settings.engine, settings.host, settings.port)
+    server.run()
+
+
+def make_server(
+    settings: ServerSettings, pipeline: VideoPipeline, *, limits: ServingLimits | None = None
+) -> uvicorn.Server:
+    """A server of `pipeline`, ready to run; `limits` default to what its engine allows."""
+    _require_fit(settings.max_rows, pipeline.profile)
+    if not settings.api_keys:
+        logger.warning("no API key is set: anyone on this machine may ask, so only %s answers", settings.host)
+    config = uvicorn.Config(
+        _make_app(settings, pipeline, limits or ServingLimits.of(pipeline.recipe, pipeline.profile)),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    return uvicorn.Server(config)
+
+
+def _require_fit(max_rows: int, profile: ShapeProfile | None) -> None:
+    if profile is not None and 2 * max_rows > profile.max.batch:
+        raise ValueError(
+            f"max_rows {max_rows} takes {2 * max_rows} rows a call, two a video; the engine's profile ends at"
+            f" {profile.max.batch}: use at most {profile.max.batch // 2}, or export with a wider profile"
+        )
+
+
+def _make_app(settings: ServerSettings, pipeline: VideoPipeline, limits: ServingLimits) -> FastAPI:
+    database = make_url(settings.database_url)
+    if database.get_backend_name() == "sqlite" and database.database:
+        Path(database.database).parent.mkdir(parents=True, exist_ok=True)
+    jobs = JobStore(settings.database_url)
+    store = open_store(settings.store_url)
+    worker = Worker(jobs, pipeline, store, settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
+        metrics.set_info(
+            metrics.ENGINE_INFO,
+            engine=type(pipeline.engine).__name__,
+            stage=pipeline.recipe.name,
+            digest=pipeline.digest[:12],
+        )
+        worker.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(worker.stop)
+            jobs.close()
+
+    service = Service(
+        settings=settings,
+        model=ServedModel(
+            name=settings.model_name or f"stiv-{pipeline.recipe.name}",
+            recipe=pipeline.recipe,
+            limits=limits,
+            count_tokens=pipeline.text_encoder.count_tokens,
+        ),
+        jobs=jobs,
+        store=store,
+        worker_is_alive=lambda: worker.is_alive,
+        on_created=worker.wake,
+    )
+    return create_app(service, lifespan=lifespan)

@@ -1,0 +1,111 @@
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from infra.serving import media
+from model.data import moving_shapes
+
+CLIP = next(iter(moving_shapes.generate(1, num_frames=8, size=32, seed=3))).frames
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def conditioned(data: bytes, *, width: int = 32, height: int = 32, max_pixels: int = 10_000) -> np.ndarray:
+    return media.read_image(media.conditioning_image(data, width=width, height=height, max_pixels=max_pixels))
+
+
+def test_an_mp4_decodes_to_its_frames_and_starts_with_its_index(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    media.write_mp4(path, CLIP, 8)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert stream.average_rate == 8
+    assert decoded.shape == CLIP.shape
+    assert np.abs(decoded.astype(int) - CLIP).mean() < 4
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_equal_frames_give_equal_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        media.write_mp4(tmp_path / name, CLIP, 8)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_odd_sides_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="31x32 cannot be yuv420p video: both sides must be even"):
+        media.write_mp4(tmp_path / "clip.mp4", CLIP[:, :, :31], 8)
+
+
+def test_the_thumbnail_is_the_first_frame_and_the_sheet_shows_all() -> None:
+    thumbnail = Image.open(io.BytesIO(media.thumbnail(CLIP)))
+    assert (thumbnail.format, thumbnail.size) == ("WEBP", (32, 32))
+    sheet = Image.open(io.BytesIO(media.spritesheet(CLIP)))
+    assert (sheet.format, sheet.size) == ("JPEG", (96, 96))
+    fourth = np.asarray(sheet.crop((0, 32, 32, 64))).astype(int)
+    assert np.abs(fourth - CLIP[3]).mean() < 10
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_an_upload_of_the_right_size_is_kept_as_it_is(format: str) -> None:
+    options = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}}[format]
+    frame = conditioned(encoded(Image.fromarray(CLIP[0]), format, **options))
+    assert frame.shape == (1, 32, 32, 3)
+    assert np.abs(frame[0].astype(int) - CLIP[0]).mean() <= (5 if format == "JPEG" else 0)
+
+
+def test_an_upload_is_scaled_to_cover_and_cropped_at_the_centre() -> None:
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255
+    assert conditioned(encoded(Image.fromarray(wide), "PNG"), width=16, height=16).mean() > 250
+
+
+def test_a_photo_is_turned_upright_and_transparency_is_dropped() -> None:
+    image = Image.fromarray(np.stack([np.full((16, 16), 255), *[np.zeros((16, 16))] * 2], axis=2).astype(np.uint8))
+    tall = Image.new("RGB", (32, 16))
+    tall.paste(image, (0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to the right
+    frame = conditioned(encoded(tall, "JPEG", exif=exif, quality=95), width=16, height=32)[0]
+    assert frame[4, 8, 0] > 200 and frame[28, 8, 0] < 50
+    assert conditioned(encoded(Image.new("RGBA", (32, 32), (255, 0, 0, 128)), "PNG")).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "0 bytes are not a readable image; upload one of PNG, JPEG, WEBP"),
+        (b"\x89PNG\r\n\x1a\nnonsense", "not a readable image"),
+        (encoded(Image.fromarray(CLIP[0]), "PNG")[:-40], "complete and undamaged"),
+        (encoded(Image.fromarray(CLIP[0]), "JPEG")[:-200], "complete and undamaged"),
+        (encoded(Image.fromarray(CLIP[0]), "WEBP")[:-60], "complete and undamaged"),
+        (encoded(Image.fromarray(CLIP[0]), "GIF"), "upload one of PNG, JPEG, WEBP"),
+        (encoded(Image.new("RGB", (101, 100)), "PNG"), "101x100 = 10100 pixels, at most 10000"),
+        (encoded(Image.new("1", (10_000, 10_000)), "PNG"), "pixels"),
+    ],
+)
+def test_what_cannot_be_a_first_frame_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(media.BadImage, match=words):
+        conditioned(data)
+
+
+def test_every_flipped_byte_is_either_read_or_refused() -> None:
+    for format in ("PNG", "JPEG", "WEBP"):
+        good = encoded(Image.fromarray(CLIP[0]), format)
+        for position in range(0, len(good), 7):
+            data = bytearray(good)
+            data[position] ^= 0xFF
+            try:
+                assert conditioned(bytes(data)).shape == (1, 32, 32, 3)
+            except media.BadImage:
+                continue

@@ -1,0 +1,117 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from infra.serving.limits import VideoRequest
+from infra.serving.pipeline import DenoiseRow, Diverged, VideoPipeline
+from infra.serving.scheduler import Scheduler
+from model.recipe import SamplingConfig
+from model.sampler import Guidance, sample
+from tests.tiny_server import CLIP, image, request, tiny_pipeline, tiny_recipe
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["ode", "sde"])
+def pipeline(request: pytest.FixtureRequest) -> VideoPipeline:
+    return tiny_pipeline(tiny_recipe(stochastic=request.param))
+
+
+def finish(pipeline: VideoPipeline, rows: Sequence[DenoiseRow]) -> dict[str, torch.Tensor]:
+    scheduler = Scheduler[DenoiseRow](8)
+    for row in rows:
+        scheduler.admit(row)
+    while batch := scheduler.next_batch():
+        pipeline.advance(batch)
+        for row in batch:
+            if row.done:
+                scheduler.leave(row.job_id)
+    return {row.job_id: row.latents for row in rows}
+
+
+UNLIKE: dict[str, tuple[VideoRequest, bytes | None]] = {
+    "plain": (request(), None),
+    "image": (request("a blue square moves up", seed=8), image()),
+    "guided": (
+        request("a green triangle", guidance_scale=9.0, seed=9, negative_prompt="a red circle"),
+        None,
+    ),
+    "longer": (request("yellow", num_inference_steps=7, flow_shift=3.0, seed=10), None),
+    "large": (request(width=64, height=48, num_frames=4), None),
+}
+
+
+def test_unlike_rows_in_one_batch_are_what_they_are_alone(pipeline: VideoPipeline) -> None:
+    together = finish(pipeline, [pipeline.prepare(name, *job) for name, job in UNLIKE.items()])
+    for name, job in UNLIKE.items():
+        alone = finish(pipeline, [pipeline.prepare(name, *job)])[name]
+        assert torch.isfinite(alone).all()
+        assert (together[name] - alone).abs().max() <= 1e-4 * max(1.0, float(alone.abs().max())), name
+
+
+def test_text_to_video_and_image_to_video_share_a_call(pipeline: VideoPipeline) -> None:
+    rows = [pipeline.prepare(name, *UNLIKE[name]) for name in ("plain", "image", "guided", "longer")]
+    assert len({row.key for row in rows}) == 1
+
+
+def test_the_first_frame_is_the_image(pipeline: VideoPipeline) -> None:
+    row = pipeline.prepare("image", *UNLIKE["image"])
+    finish(pipeline, [row])
+    kept = pipeline.decode(row)
+    assert kept.shape == (8, 32, 32, 3) and kept.dtype == np.uint8
+    coded = pipeline.codec.decode(row.image.latents[:, :1])
+    assert torch.equal(row.latents[:, 0], row.image.latents[:, 0])
+    assert np.abs((kept[0] / 127.5 - 1) - coded[0, 0].permute(1, 2, 0).numpy()).max() < 0.01
+    assert np.abs(kept[0].astype(int) - CLIP[0]).mean() < 12
+
+
+def test_the_same_seed_gives_the_same_video_and_another_does_not(pipeline: VideoPipeline) -> None:
+    first, again, other = (
+        finish(pipeline, [pipeline.prepare("job", request(seed=seed), None)])["job"] for seed in (7, 7, 8)
+    )
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"guidance_scale": 6.0}, {"negative_prompt": "red"}, {"prompt": "blue"}, {"flow_shift": 4.0}]
+)
+def test_every_condition_changes_the_video(pipeline: VideoPipeline, changes: dict[str, Any]) -> None:
+    plain = finish(pipeline, [pipeline.prepare("job", request(), None)])["job"]
+    changed = finish(pipeline, [pipeline.prepare("job", request(**changes), None)])["job"]
+    assert (plain - changed).abs().max() > 1e-4
+
+
+def test_a_row_is_sampled_as_the_sampler_does() -> None:
+    pipeline = tiny_pipeline()
+    row = pipeline.prepare("job", *UNLIKE["image"])
+    config = SamplingConfig(solver="heun", stochastic=False, num_steps=4, guidance_scale=3.0)
+    guidance = Guidance(row.conditional, row.null, torch.tensor([3.0]))
+    with torch.inference_mode():
+        wanted = sample(pipeline.engine.denoise, row.latents, guidance, row.image, config)
+    assert torch.equal(finish(pipeline, [row])["job"], wanted)
+
+
+def test_an_upload_size_other_than_trained_works_for_every_multiple(pipeline: VideoPipeline) -> None:
+    for width, height, frames in ((16, 16, 2), (64, 16, 4), (32, 48, 16)):
+        row = pipeline.prepare("job", request(width=width, height=height, num_frames=frames), None)
+        finish(pipeline, [row])
+        assert pipeline.decode(row).shape == (frames, height, width, 3)
+
+
+def test_a_failed_call_leaves_every_row_as_it_was(pipeline: VideoPipeline) -> None:
+    rows = [pipeline.prepare("good", request(), None), pipeline.prepare("bad", request("EXPLODE"), None)]
+    before = rows[0].latents.clone()
+    with pytest.raises(RuntimeError):
+        pipeline.advance(rows)
+    assert rows[0].step == 0 and torch.equal(rows[0].latents, before)
+
+
+def test_a_diverged_row_says_so() -> None:
+    pipeline = tiny_pipeline()
+    row = pipeline.prepare("job", request("NAN"), None)
+    row.require_finite()
+    pipeline.advance([row])
+    with pytest.raises(Diverged, match="job job are not finite after step 1 of 4"):
+        row.require_finite()

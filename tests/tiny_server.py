@@ -1,0 +1,129 @@
+"""A served model small enough for tests: a real untrained STIV, a fitted codec, a text encoder without weights.
+
+Run as a script it is a server process, to be killed and started again: `python -m tests.tiny_server FOLDER PORT`.
+"""
+
+import io
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+
+from export.engine import TorchEngine
+from infra.serving import media
+from infra.serving.limits import VideoRequest
+from infra.serving.pipeline import VideoPipeline
+from infra.serving.server import make_server
+from infra.serving.settings import ServerSettings
+from model.data import moving_shapes
+from model.generation import to_frames
+from model.network.stiv import STIV
+from model.recipe import StageRecipe
+from model.text import TextEmbedding, TextEncoder
+from model.vae import PatchPca
+from monitoring import logs
+
+KEY = "sk-test"
+CLIP = next(iter(moving_shapes.generate(1, num_frames=8, size=32, seed=3))).frames
+
+
+class WordEncoder:
+    """Every word has a random vector of its own; the word NAN has none, and EXPLODE is as wide as no other."""
+
+    hidden_size = 16
+    pooled_size = 16
+
+    def encode(self, texts: Sequence[str]) -> TextEmbedding:
+        rows = [[self._vector(word) for word in ["<s>", *text.split()]] for text in texts]
+        longest = max(len(row) for row in rows)
+        width = max(vector.shape[0] for row in rows for vector in row)
+        tokens = torch.zeros(len(texts), longest, width)
+        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            for position, vector in enumerate(row):
+                tokens[index, position, : vector.shape[0]] = vector
+                mask[index, position] = True
+        return TextEmbedding(tokens=tokens, mask=mask, pooled=tokens.sum(dim=1)[:, :16])
+
+    def count_tokens(self, text: str) -> int:
+        return 1 + len(text.split())
+
+    def to(self, device: torch.device | str, /) -> Self:
+        raise ValueError(f"words stay where they are, not on {device}")
+
+    def _vector(self, word: str) -> torch.Tensor:
+        if word == "NAN":
+            return torch.full((16,), torch.nan)
+        generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+        return torch.randn(17 if word == "EXPLODE" else 16, generator=generator)
+
+
+def request(prompt: str = "a red circle moves right", **changes: object) -> VideoRequest:
+    defaults = {"width": 32, "height": 32, "num_frames": 8, "fps": 8, "num_inference_steps": 4}
+    return VideoRequest.model_validate(
+        {"prompt": prompt, "guidance_scale": 3.0, "flow_shift": 1.0, "seed": 7, **defaults, **changes}
+    )
+
+
+def image() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(CLIP[0]).save(buffer, "PNG")
+    return media.conditioning_image(buffer.getvalue(), width=32, height=32, max_pixels=4096)
+
+
+def tiny_recipe(*, task: str = "ti2v", stochastic: bool = False, solver: str = "heun") -> StageRecipe:
+    return StageRecipe.model_validate(
+        {
+            "name": "tiny",
+            "task": task,
+            "network": {"hidden_size": 32, "depth": 2, "num_heads": 2, "unmasked_depth": 1},
+            "video": {"num_frames": 8, "height": 32, "width": 32, "fps": 8},
+            "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+            "sampling": {"num_steps": 4, "guidance_scale": 3.0, "stochastic": stochastic, "solver": solver},
+            "gate": [{"metric": "loss", "op": "<", "bound": 1.0}],
+        }
+    )
+
+
+def tiny_network(recipe: StageRecipe, text_encoder: TextEncoder) -> STIV:
+    torch.manual_seed(0)
+    network = STIV(
+        recipe.network,
+        latent_channels=recipe.vae.latent_channels,
+        text_size=text_encoder.hidden_size,
+        pooled_size=text_encoder.pooled_size,
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():  # a new network's head is zero, and a zero velocity shows nothing
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
+
+
+def tiny_pipeline(recipe: StageRecipe | None = None, text_encoder: TextEncoder | None = None) -> VideoPipeline:
+    recipe, text_encoder = recipe or tiny_recipe(), text_encoder or WordEncoder()
+    clips = [clip.frames for clip in moving_shapes.generate(16, num_frames=8, size=32, seed=0)]
+    codec = PatchPca.fit(to_frames(clips), recipe.vae.latent_channels, recipe.vae.spatial_factor)
+    return VideoPipeline(TorchEngine(tiny_network(recipe, text_encoder)), codec, text_encoder, recipe)
+
+
+def tiny_settings(folder: Path, **changes: object) -> ServerSettings:
+    return ServerSettings.model_validate(
+        {
+            "engine": folder / "engine",
+            "database_url": f"sqlite:///{folder}/jobs.db",
+            "store_url": str(folder / "store"),
+            "api_keys": [KEY],
+            "idle_poll_s": 0.05,
+            **changes,
+        }
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logs.configure()
+    make_server(tiny_settings(Path(sys.argv[1]), port=int(sys.argv[2])), tiny_pipeline()).run()
