@@ -7,6 +7,7 @@ DeepSpeed, Kubernetes or engine setting (those rooms derive theirs from it).
 import json
 import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast
 
@@ -326,7 +327,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Curriculum:
     try:
         return Curriculum.model_validate({**top, "stages": stages})
     except ValidationError as error:
-        lines = [f"{_where(item['loc'], stages)}: {item['msg']}" for item in error.errors()]
+        lines = [
+            f"{_where(item['loc'], stages)}: {item['msg']}{_hint(item['type'], item['loc'])}" for item in error.errors()
+        ]
         raise RecipeError(f"{path}: " + "; ".join(lines)) from None
 
 
@@ -345,7 +348,9 @@ def _read_toml(path: Path) -> dict[str, object]:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
-    except tomllib.TOMLDecodeError as error:
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: a folder, not a recipe; name the curriculum.toml in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -375,3 +380,21 @@ def _where(location: tuple[int | str, ...], stages: list[dict[str, object]]) -> 
     if len(location) > 1 and location[0] == "stages" and isinstance(location[1], int):
         parts = [str(stages[location[1]].get("name", location[1])), *parts[2:]]
     return ".".join(parts) or "curriculum"
+
+
+def _hint(kind: str, location: tuple[int | str, ...]) -> str:
+    """For a key that is not known: the ones that are."""
+    if kind != "extra_forbidden":
+        return ""
+    section: type[BaseModel] = Curriculum
+    path = list(location[:-1])
+    if path[:1] == ["stages"]:
+        section, path = StageRecipe, path[2:]
+    for part in path:
+        field = section.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return ""
+        section = field.annotation
+    close = get_close_matches(str(location[-1]), section.model_fields, n=1)
+    meant = f", did you mean '{close[0]}'?" if close else ""
+    return f" (known here: {', '.join(sorted(section.model_fields))}{meant})"

@@ -94,7 +94,7 @@ def accuracy(observations: Sequence[Observation], specs: Sequence[ShapeSpec]) ->
 
 def first_frame_psnr(frames: npt.NDArray[np.uint8], image: npt.NDArray[np.uint8]) -> float:
     """PSNR in dB of the clip's first frame against the conditioning image, both uint8 [H, W, 3]; 99 when equal."""
-    error = float(np.mean((frames[0].astype(np.float64) - image.astype(np.float64)) ** 2))
+    error = float(((frames[0].astype(np.float64) - image.astype(np.float64)) ** 2).mean())
     return 99.0 if error == 0.0 else min(99.0, 10.0 * math.log10(255.0**2 / error))
 
 

@@ -1,0 +1,120 @@
+"""What a training step shows on its Metaflow card: live while the ranks train, and the verdict when they are done.
+
+It owns the card's content; it does not know where progress comes from, nor anything of training. A card is given by
+`current.card` in a step decorated with `@card(type="blank")`, or by `current.card[ID]` where it has an id.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from metaflow.cards import Image, Markdown, MetaflowCardComponent, ProgressBar, Table, VegaChart  # pyright: ignore[reportPrivateImportUsage]
+
+from flows.curves import loss_points
+from flows.figures import duration, figure, percent, task_name
+from infra.registry import GateReport
+from model.recipe import StageRecipe
+from model.training.run import ProgressLine
+
+if TYPE_CHECKING:  # Metaflow runs the flow's imports anew for every refresh, and this one is PyTorch
+    from infra.launch.stage import StageOutcome
+
+Cells = list[list[str | MetaflowCardComponent]]
+
+CHART_POINTS = 200
+"""The chart is sent whole at each refresh."""
+
+
+class Card(Protocol):
+    """What is used of `current.card`."""
+
+    def append(self, component: MetaflowCardComponent, id: str | None = None) -> None: ...
+
+    def refresh(self) -> None: ...
+
+
+class TrainingCard:
+    """The card of one stage. Components are appended once and then updated in place, so a viewer never reloads."""
+
+    def __init__(self, card: Card, recipe: StageRecipe) -> None:
+        self._card = card
+        self._bar = ProgressBar(max=recipe.training.total_steps, label="optimizer steps", value=0)
+        self._state = Markdown("waiting for the first step")
+        self._chart = VegaChart(_loss_spec([], recipe.training.total_steps))
+        card.append(Markdown(f"# {recipe.name}: {task_name(recipe.task)}"), id="title")
+        card.append(self._bar, id="progress")
+        card.append(self._state, id="state")
+        card.append(self._chart, id="loss")
+        card.refresh()
+
+    def update(self, progress: Sequence[ProgressLine]) -> None:
+        """Show all progress lines so far; Metaflow itself drops refreshes that come too fast."""
+        if progress:
+            self._show(progress)
+            self._card.refresh()
+
+    def finish(self, outcome: "StageOutcome") -> None:
+        """Add what evaluation and gate made of the checkpoint; Metaflow draws the card once more as the step ends."""
+        if outcome.progress:
+            self._show(outcome.progress)
+        parts: list[tuple[str, MetaflowCardComponent]] = [
+            ("verdict", Markdown(f"## Gate: {'promoted' if outcome.gate.passed else 'refused'}")),
+            ("gate", _gate_table(outcome.gate)),
+            ("checkpoint", Markdown(f"checkpoint `{outcome.checkpoint.digest}`")),
+            ("samples_title", Markdown("## Samples")),
+            ("samples", Image(outcome.grid.read_bytes(), label="a caption a row, its frames beside it")),
+            ("evaluation_title", Markdown("## Evaluation")),
+            ("evaluation", _metrics_table(outcome.checkpoint.metrics)),
+        ]
+        for name, component in parts:
+            self._card.append(component, id=name)
+
+    def _show(self, progress: Sequence[ProgressLine]) -> None:
+        last = progress[-1]
+        steps_left = last.total_steps - last.step
+        self._bar.update(
+            last.step, metadata=f"about {duration(last.step_seconds * steps_left)} left" if steps_left else "trained"
+        )
+        self._state.update(  # pyright: ignore[reportUnknownMemberType]
+            f"loss **{figure(last.loss)}** · {figure(last.samples_per_second)} samples/s · "
+            f"{duration(last.step_seconds)} a step · gradient norm {figure(last.grad_norm)} · "
+            f"learning rate {last.learning_rate:.2g} · trained for {duration(last.elapsed_seconds)}"
+        )
+        self._chart.update(_loss_spec(progress, last.total_steps))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _gate_table(gate: GateReport) -> Table:
+    rows: Cells = [
+        [rule.metric, figure(rule.value), f"{rule.op} {figure(rule.bound)}", "passed" if rule.passed else "failed"]
+        for rule in gate.rules
+    ]
+    return Table(rows, headers=["figure", "measured", "must be", "verdict"])
+
+
+def _metrics_table(metrics: Mapping[str, float]) -> Table:
+    rows: Cells = [
+        [name, percent(value) if name.endswith("_accuracy") else figure(value)] for name, value in metrics.items()
+    ]
+    return Table(rows, headers=["figure", "measured"])
+
+
+def _loss_spec(progress: Sequence[ProgressLine], total_steps: int) -> dict[str, object]:
+    """A Vega-Lite chart: the loss as logged, pale, and its average over it."""
+    values = [
+        {"step": point.step, "loss": round(point.loss, 5), "average": round(point.smoothed, 5)}
+        for point in loss_points(progress, CHART_POINTS)
+    ]
+    x = {"field": "step", "type": "quantitative", "title": "optimizer step", "scale": {"domain": [0, total_steps]}}
+    y = {"type": "quantitative", "title": "flow-matching loss", "scale": {"zero": True}}
+    tooltip = [{"field": name, "type": "quantitative"} for name in ("step", "loss", "average")]
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "data": {"values": values},
+        "height": 260,
+        "layer": [
+            {"mark": {"type": "line", "color": "#a9c5f5"}, "encoding": {"x": x, "y": {**y, "field": "loss"}}},
+            {
+                "mark": {"type": "line", "color": "#2f6fdb", "strokeWidth": 2.5, "tooltip": True},
+                "encoding": {"x": x, "y": {**y, "field": "average"}, "tooltip": tooltip},
+            },
+        ],
+    }

@@ -1,0 +1,72 @@
+"""From a promoted checkpoint to a published engine: export, prove parity, publish, promote.
+
+It owns that order and the refs of engines; how a network becomes a file and how it is proven is `export`'s.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.bundle import MODEL, write_bundle
+from export.engine import OnnxEngine, TorchEngine
+from export.onnx import export_onnx
+from export.parity import BOUND, ParityReport, check_parity
+from infra.refs import CANDIDATE
+from infra.registry import Manifest, Registry, evaluate_gate
+from model.recipe import GateRule, dumps, loads_stage
+from model.training.evaluate import load_network
+from model.vae import load_codec
+from monitoring import metrics as measured
+
+logger = logging.getLogger(__name__)
+
+PARITY_GATE = (GateRule(metric="parity_max_abs_error", op="<=", bound=BOUND),)
+
+
+@dataclass(slots=True, frozen=True)
+class ExportedEngine:
+    """A published engine and its proof."""
+
+    manifest: Manifest
+    parity: ParityReport
+    export_seconds: float
+
+
+def export_engine(registry: Registry, ref: str, work: Path, *, who: str) -> ExportedEngine:
+    """Export the checkpoint at `ref` to ONNX, compare it with PyTorch, publish it and move `engine/candidate`.
+
+    Raises:
+        ArtifactNotFound: no such ref. ParityFailed: the engine is wrong; nothing is published.
+    """
+    checkpoint = registry.resolve(ref)
+    if checkpoint.kind != "checkpoint":
+        raise ValueError(f"'{ref}' is of kind '{checkpoint.kind}'; only a checkpoint can be exported")
+    trained = registry.fetch(checkpoint, work / "inputs" / checkpoint.digest[:16])
+    codec_manifest = registry.resolve(checkpoint.parents["codec"])
+    codec_folder = registry.fetch(codec_manifest, work / "inputs" / codec_manifest.digest[:16])
+    recipe = loads_stage((trained / "recipe.json").read_bytes())
+    network = load_network(recipe, trained)
+
+    bundle_folder = work / "engine"
+    shutil.rmtree(bundle_folder, ignore_errors=True)
+    (work / "onnx").mkdir(parents=True, exist_ok=True)
+    exported = export_onnx(network, work / "onnx" / MODEL, recipe=recipe)
+    measured.EXPORT_SECONDS.observe(exported.seconds)
+    parity = check_parity(TorchEngine(network), OnnxEngine(exported.path), exported.profile, subject=exported.sha256)
+    measured.PARITY_MAX_ABS_ERROR.set(parity.worst.max_abs_error)
+    codec = load_codec(codec_folder, recipe.vae)
+    bundle = write_bundle(bundle_folder, model=exported.path, codec=codec, recipe=recipe, parity=parity)
+    figures = {"parity_max_abs_error": parity.worst.max_abs_error, "export_seconds": exported.seconds}
+    manifest = registry.publish(
+        "engine",
+        bundle.files,
+        recipe=json.loads(dumps(recipe)),
+        metrics=figures,
+        parents={"checkpoint": checkpoint.digest, "codec": codec_manifest.digest},
+    )
+    gate = evaluate_gate(PARITY_GATE, figures)
+    registry.promote(CANDIDATE, manifest.digest, gate, who=who, why=f"exported from {ref}")
+    logger.info("promoted %s to %s", manifest.digest, CANDIDATE)
+    return ExportedEngine(manifest, parity, exported.seconds)
