@@ -60,13 +60,11 @@ def measure(demo: Sequence[str], summary: Path) -> dict[str, float]:
     if code:
         raise RuntimeError(f"the demo ended with exit code {code}; its output above says why")
     figures = cast(dict[str, float | None], json.loads(summary.read_text())["figures"])
-    own: dict[str, float] = {}
-    for name in OWN_FIGURES:
-        value = figures.get(name)
-        if value is None:
-            raise ValueError(f"{summary} has no figure '{name}'; it has {sorted(figures)}")
-        own[name] = value
-    return {"seconds_total": seconds, "peak_rss_gb": memory.gb, **own}
+    own = {name: value for name, value in figures.items() if value is not None}
+    missing = [name for name in OWN_FIGURES if name not in own]
+    if missing:
+        raise ValueError(f"{summary} has no figure {missing}; it has {sorted(own)}")
+    return {**own, "seconds_total": seconds, "peak_rss_gb": memory.gb}
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ sys.exit({exit_code})
 
 def test_time_and_memory_are_measured_from_outside(tmp_path: Path) -> None:
     figures = measure(program(tmp_path / "summary.json", {**FIGURES}), tmp_path / "summary.json")
-    assert list(figures) == [
-        *("seconds_total", "peak_rss_gb", "onnx_max_abs_error", "t2v_joint_accuracy", "ti2v_first_frame_psnr_db")
-    ]
+    assert set(figures) == {*FIGURES, "peak_rss_gb"}
     assert 1.2 < figures["seconds_total"] < 60 and 0.2 < figures["peak_rss_gb"] < 0.4
     assert figures["t2v_joint_accuracy"] == 0.7
 
@@ -50,7 +48,7 @@ def test_a_failed_demo_has_no_figures(tmp_path: Path) -> None:
 
 def test_a_figure_left_out_is_named(tmp_path: Path) -> None:
     incomplete = {**FIGURES, "t2v_joint_accuracy": None}
-    with pytest.raises(ValueError, match="has no figure 't2v_joint_accuracy'"):
+    with pytest.raises(ValueError, match=r"has no figure \['t2v_joint_accuracy'\]"):
         measure(program(tmp_path / "summary.json", incomplete), tmp_path / "summary.json")
 
 
