@@ -1,0 +1,82 @@
+"""A rank's entry point: `python -m infra.launch.rank`, started by torchrun once a rank.
+
+It owns the rank's log, its signals and its exit code; what is done between them is `model.training.loop`'s.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from model.training.run import RunFolders
+
+EXIT_STOPPED = 75
+"""Stopped by SIGTERM after writing a checkpoint: start again to go on (EX_TEMPFAIL)."""
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Turns true at the first SIGTERM; the loop finishes its step, saves and returns."""
+
+    def __init__(self) -> None:
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def __call__(self) -> bool:
+        return self.received
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    folders = RunFolders(data=options.data, codec=options.codec, run=options.run_folder, initial=options.initial)
+    rank = int(os.environ.get("RANK", "0"))
+    should_stop = StopRequest()
+    _stop_with_parent()
+    _redirect(folders.rank_log(rank))
+    # Only now: these take seconds, and whatever goes wrong in them is in the rank's log.
+    from model.recipe import loads_stage
+    from model.training.loop import train
+    from monitoring.logs import configure
+
+    recipe = loads_stage(options.recipe.read_bytes())
+    configure(stage=recipe.name, rank=rank)
+    finished = train(recipe, folders, metrics_port=options.metrics_port, should_stop=should_stop)
+    return 0 if finished else EXIT_STOPPED
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m infra.launch.rank", description="Train one stage as one rank.")
+    parser.add_argument("--recipe", type=Path, required=True, help="the stage's resolved recipe, JSON")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the shards train/")
+    parser.add_argument("--codec", type=Path, required=True, help="folder with the frozen codec")
+    parser.add_argument(
+        "--run-folder", type=Path, required=True, help="folder to write; resumed if it holds checkpoints"
+    )
+    parser.add_argument("--initial", type=Path, help="the parent stage's checkpoint folder")
+    parser.add_argument("--metrics-port", type=int, default=0, help="Prometheus port of rank 0; 0 takes a free one")
+    return parser.parse_args(arguments)
+
+
+def _stop_with_parent() -> None:
+    """Have the kernel send SIGTERM when torchrun dies, so that no orphan trains on and holds the run folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _redirect(log: Path) -> None:
+    """Send this process's output, libraries' included, to the rank's own file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""A stage from its recipe to its promoted checkpoint: fetch, train, evaluate, publish, gate, promote.
+
+It owns that order and the refs it reads and moves; how ranks run is the gang's, what they compute is the model's.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.launch.local import LocalGang, StageLaunch
+from infra.refs import CODEC, DATASET, promoted
+from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
+from model.recipe import StageRecipe, dumps
+from model.training import checkpoint
+from model.training.run import ProgressLine, RunFolders, read_progress
+from monitoring import metrics as measured
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[Sequence[ProgressLine]], None]
+POLL_SECONDS = 1.0
+EVALUATION = "evaluation/"
+
+
+class StageStopped(RuntimeError):
+    """The gang was asked to stop; its checkpoint is saved, and running the stage again resumes it."""
+
+
+@dataclass(slots=True, frozen=True)
+class StageOutcome:
+    """What a stage has come to."""
+
+    checkpoint: Manifest
+    gate: GateReport
+    progress: tuple[ProgressLine, ...]
+    grid: Path
+    """Picture of the samples."""
+    animations: dict[str, Path]
+    """Task -> animated samples."""
+    seconds: dict[str, float]
+    """Part -> wall time."""
+
+
+def run_stage(
+    recipe: StageRecipe, registry: Registry, work: Path, *, who: str, on_progress: OnProgress
+) -> StageOutcome:
+    """Train `recipe` from its parent's promoted checkpoint and promote what passes its gate.
+
+    Below `work` lies all that is written; calling it again after an interruption resumes.
+
+    Raises:
+        ArtifactNotFound: data set, codec or parent has not been promoted yet.
+        GangFailed: a rank ended in an error. StageStopped: it was told to stop.
+        PromotionRefused: the gate did not hold; the checkpoint is published, the ref is as it was.
+    """
+    seconds: dict[str, float] = {}
+    clock = time.monotonic()
+    folders, parents = _fetch_inputs(recipe, registry, work)
+    seconds["fetch"] = time.monotonic() - clock
+
+    clock = time.monotonic()
+    _follow(LocalGang.start(StageLaunch(recipe, folders)), folders, on_progress)
+    seconds["train"] = time.monotonic() - clock
+
+    clock = time.monotonic()
+    trained = checkpoint.latest(folders.checkpoints)
+    assert trained is not None, "a finished run has a checkpoint"
+    found, grid, animations = _evaluate(recipe, folders, trained)
+    seconds["evaluate"] = time.monotonic() - clock
+
+    clock = time.monotonic()
+    files = {path.name: path for path in sorted(trained.iterdir())}
+    files |= {EVALUATION + path.name: path for path in (grid, *animations.values())}
+    manifest = registry.publish("checkpoint", files, recipe=json.loads(dumps(recipe)), metrics=found, parents=parents)
+    gate = evaluate_gate(recipe.gate, found)
+    try:
+        registry.promote(promoted(recipe.name), manifest.digest, gate, who=who, why=f"stage {recipe.name} trained")
+    except PromotionRefused:
+        measured.PROMOTIONS_TOTAL.labels(stage=recipe.name, outcome="refused").inc()
+        raise
+    measured.PROMOTIONS_TOTAL.labels(stage=recipe.name, outcome="promoted").inc()
+    seconds["promote"] = time.monotonic() - clock
+    logger.info("promoted %s to %s", manifest.digest, promoted(recipe.name))
+    return StageOutcome(manifest, gate, tuple(read_progress(folders.progress)), grid, animations, seconds)
+
+
+def _fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
+    """Data set, codec and parent checkpoint as verified folders, and their digests by role."""
+    dataset, codec = registry.resolve(DATASET), registry.resolve(CODEC)
+    parents = {"dataset": dataset.digest, "codec": codec.digest}
+    initial: Path | None = None
+    if recipe.parent is not None:
+        parent = registry.resolve(promoted(recipe.parent))
+        parents["checkpoint"] = parent.digest
+        initial = registry.fetch(parent, work / "inputs" / parent.digest[:16])
+    folders = RunFolders(
+        data=registry.fetch(dataset, work / "inputs" / dataset.digest[:16]),
+        codec=registry.fetch(codec, work / "inputs" / codec.digest[:16]),
+        run=work / recipe.name,
+        initial=initial,
+    )
+    return folders, parents
+
+
+def _follow(gang: LocalGang, folders: RunFolders, on_progress: OnProgress) -> None:
+    try:
+        while gang.wait(POLL_SECONDS) == "running":
+            on_progress(read_progress(folders.progress))
+    except BaseException:
+        gang.terminate()
+        raise
+    on_progress(read_progress(folders.progress))
+    if gang.status() == "stopped":
+        raise StageStopped(f"the ranks in {folders.run} were stopped after a checkpoint; run the stage again to resume")
+
+
+def _evaluate(
+    recipe: StageRecipe, folders: RunFolders, trained: Path
+) -> tuple[dict[str, float], Path, dict[str, Path]]:
+    """The checkpoint as a later stage or an export will see it: read back from its files, digests verified."""
+    from model.data.shards import ShardSet
+    from model.training.evaluate import evaluate, load_network, make_generator
+
+    network = load_network(recipe, trained)
+    generator = make_generator(recipe, network, folders.codec)
+    evaluation = evaluate(generator, ShardSet(folders.data / "heldout"), folders.run / "evaluation")
+    facts = {"checkpoint_loads": 1.0, "parameters": float(sum(p.numel() for p in network.parameters()))}
+    return {**facts, **evaluation.metrics}, evaluation.grid, dict(evaluation.clips)

@@ -1,0 +1,123 @@
+"""From a recipe and folders to a stage ready for its next step: built, grown from its parent, or resumed.
+
+It owns what may differ between a run and its resumption; it knows nothing of steps.
+"""
+
+import logging
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from model.data.loader import ClipLoader
+from model.data.shards import ShardSet
+from model.ema import Ema
+from model.network.stiv import STIV
+from model.optim import AdaFactor
+from model.recipe import StageRecipe
+from model.text import load_text_encoder
+from model.training import checkpoint
+from model.training.captions import CaptionTable, captions_of
+from model.training.grow import grow
+from model.training.parallel import ParallelEngine, Place
+from model.training.run import RunFolders
+from model.training.stage import StageTraining, names_of
+from model.vae import load_codec
+
+logger = logging.getLogger(__name__)
+
+RESUMABLE = frozenset({"world_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every"})
+"""Fields of `training` that may change when a run is resumed: the weights do not depend on them."""
+
+
+def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTraining:
+    """Everything built and, where the run has a checkpoint, put back to where it was."""
+    training = recipe.training
+    shards = ShardSet(folders.data / "train")
+    loader = ClipLoader(
+        shards,
+        video=recipe.video,
+        data=recipe.data,
+        micro_batch_size=training.micro_batch_size,
+        rank=place.rank,
+        world_size=place.world_size,
+        seed=training.seed,
+        task=recipe.task,
+    )
+    encoder = load_text_encoder(recipe.text).to(place.device)
+    captions = CaptionTable.build(captions_of(shards, recipe.video), encoder.encode)
+    torch.manual_seed(training.seed)  # pyright: ignore[reportUnknownMemberType]
+    network = STIV(
+        recipe.network,
+        latent_channels=recipe.vae.latent_channels,
+        text_size=encoder.hidden_size,
+        pooled_size=encoder.pooled_size,
+    ).to(place.device)
+    state = latest_of(recipe, folders)
+    if state is None:
+        begin(network, recipe, folders.initial)
+    else:
+        network.load_state_dict(state.model)
+    optimizer = AdaFactor.of(network.parameters(), recipe.optimizer)
+    ema = Ema(network, training.ema_decay)
+    if state is not None:
+        optimizer.load_state_by_name(state.optimizer, names_of(network), state.step)
+        ema.load(state.ema)
+        loader.load_state_dict(state.loader)
+        checkpoint.restore_random(state.random)
+        logger.info("resumed after step %s", state.step)
+    return StageTraining(
+        recipe=recipe,
+        folders=folders,
+        engine=ParallelEngine(network, optimizer, training, place),
+        optimizer=optimizer,
+        ema=ema,
+        loader=loader,
+        codec=load_codec(folders.codec, recipe.vae).to(place.device),
+        captions=captions,
+        step=0 if state is None else state.step,
+    )
+
+
+def latest_of(recipe: StageRecipe, folders: RunFolders) -> checkpoint.TrainState | None:
+    """The run's latest checkpoint, if it is of this recipe."""
+    folder = checkpoint.latest(folders.checkpoints)
+    if folder is None:
+        return None
+    state = checkpoint.load(folder)
+    here, there = _identity(recipe), _identity(state.recipe)
+    changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    if changed:
+        raise ValueError(
+            f"{folder} was trained by another recipe: {changed[0]} was {there.get(changed[0])} and is"
+            f" {here.get(changed[0])} ({len(changed)} differences); use a new run folder, or the recipe it began with"
+        )
+    return state
+
+
+def _identity(recipe: StageRecipe) -> dict[str, object]:
+    """What decides the weights, by dotted key."""
+    sections = recipe.model_dump(mode="json", exclude={"sampling", "evaluation", "gate"})
+    flat: dict[str, object] = {}
+    for name, section in sections.items():
+        if isinstance(section, dict):
+            flat |= {f"{name}.{key}": value for key, value in cast(dict[str, object], section).items()}
+        else:
+            flat[name] = section
+    return {key: value for key, value in flat.items() if key not in {f"training.{field}" for field in RESUMABLE}}
+
+
+def begin(network: STIV, recipe: StageRecipe, initial: Path | None) -> None:
+    if (recipe.parent is None) != (initial is None):
+        raise ValueError(
+            f"stage '{recipe.name}' has parent {recipe.parent!r}, but its initial checkpoint is {initial}; give the"
+            " parent's checkpoint folder to a stage that has a parent, and none to one that has not"
+        )
+    if initial is not None:
+        report = grow(network, checkpoint.load_weights(initial, "ema"))
+        logger.info(
+            "grown: %s weights copied, %s inflated, %s new",
+            len(report.copied),
+            len(report.inflated),
+            len(report.new),
+        )

@@ -1,0 +1,204 @@
+"""AdaFactor against the paper's rule written out slowly, its state, its schedule; and the moving average."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model.ema import Ema
+from model.optim import AdaFactor, corrected_beta2, learning_rate
+from model.recipe import OptimizerConfig
+
+SHAPES = [(6, 5), (6, 5), (7,), (3, 2, 2, 2), (), (1, 4), (5, 6)]
+
+
+def slow_adafactor(
+    weight: np.ndarray, gradients: list[np.ndarray], *, lr: float, beta1: float, beta2: float, clip: float
+) -> np.ndarray:
+    """The rule as it stands in the literature, one tensor, float64."""
+    matrix = weight.reshape(weight.shape[0], -1) if weight.ndim >= 2 else weight.reshape(-1)
+    row = column = momentum = 0.0
+    for step, gradient in enumerate(gradients, start=1):
+        g = gradient.reshape(matrix.shape)
+        b2 = beta2 * (1 - beta2 ** (step - 1)) / (1 - beta2**step)
+        square = g * g + 1e-30
+        if g.ndim == 2:
+            row = b2 * row + (1 - b2) * square.mean(axis=1, keepdims=True)
+            column = b2 * column + (1 - b2) * square.mean(axis=0, keepdims=True)
+            u = g / np.sqrt(row / row.mean()) / np.sqrt(column)
+        else:
+            column = b2 * column + (1 - b2) * square
+            u = g / np.sqrt(column)
+        u = u / max(1.0, np.sqrt((u * u).mean()) / clip)
+        momentum = beta1 * momentum + (1 - beta1) * lr * u
+        matrix = matrix - momentum
+    return matrix.reshape(weight.shape)
+
+
+def make_parameters(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def make_gradients(steps: int, seed: int = 1) -> list[list[torch.Tensor]]:
+    """Uneven on purpose: scales differ between tensors, rows and steps."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(shape, generator=generator) * 10 ** (place - 3) * (1 + step) for place, shape in enumerate(SHAPES)]
+        for step in range(steps)
+    ]
+
+
+def run(optimizer: AdaFactor, parameters: list[nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+def test_adafactor_is_the_rule_written_out(beta1: float, clip: float) -> None:
+    parameters, gradients = make_parameters(), make_gradients(12)
+    begun = [p.detach().double().numpy().copy() for p in parameters]
+    run(AdaFactor(parameters, lr=0.01, beta1=beta1, beta2=0.99, clip_threshold=clip), parameters, gradients)
+    for place, (parameter, start) in enumerate(zip(parameters, begun, strict=True)):
+        given = [step[place].double().numpy() for step in gradients]
+        expected = slow_adafactor(start, given, lr=0.01, beta1=beta1, beta2=0.99, clip=clip)
+        np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_the_first_step_moves_a_vector_by_the_sign_of_its_gradient() -> None:
+    vector = nn.Parameter(torch.zeros(3))
+    vector.grad = torch.tensor([1e-6, -5.0, 0.0])
+    AdaFactor([vector], lr=0.5, beta1=0.0).step()
+    torch.testing.assert_close(vector.detach(), torch.tensor([-0.5, 0.5, 0.0]))
+
+
+def test_a_gradient_of_zero_moves_nothing_and_breaks_nothing() -> None:
+    matrix = nn.Parameter(torch.ones(4, 3))
+    optimizer = AdaFactor([matrix], lr=0.1)
+    for _ in range(3):
+        matrix.grad = torch.zeros_like(matrix)
+        optimizer.step()
+    assert torch.equal(matrix.detach(), torch.ones(4, 3))
+    matrix.grad = torch.ones_like(matrix)
+    optimizer.step()
+    assert torch.isfinite(matrix).all()
+
+
+def test_the_second_moment_of_a_matrix_is_its_rows_and_columns() -> None:
+    matrix, vector = nn.Parameter(torch.zeros(64, 48)), nn.Parameter(torch.zeros(10))
+    optimizer = AdaFactor([matrix, vector], lr=0.1)
+    matrix.grad, vector.grad = torch.ones_like(matrix), torch.ones_like(vector)
+    optimizer.step()
+    state = optimizer.state_by_name({matrix: "w", vector: "b"})
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert shapes == {
+        "row:w": (64,),
+        "column:w": (48,),
+        "momentum:w": (64, 48),
+        "column:b": (10,),
+        "momentum:b": (10,),
+    }
+    second_moment = sum(t.numel() * t.element_size() for name, t in state.items() if not name.startswith("momentum"))
+    assert second_moment == 4 * (64 + 48 + 10)
+
+
+def test_parameters_of_one_shape_step_as_each_would_alone() -> None:
+    gradients = make_gradients(5)
+    together, alone = make_parameters(), make_parameters()
+    run(AdaFactor(together, lr=0.01), together, gradients)
+    for place, parameter in enumerate(alone):
+        run(AdaFactor([parameter], lr=0.01), [parameter], [[step[place]] for step in gradients])
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_without_a_gradient_rests_and_keeps_its_state() -> None:
+    first, second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    optimizer = AdaFactor([first, second], lr=0.1, beta1=0.5)
+    first.grad, second.grad = torch.ones(4, 3), torch.ones(4, 3)
+    optimizer.step()
+    held = second.detach().clone()
+    momentum = optimizer.state_by_name({first: "a", second: "b"})["momentum:b"].clone()
+    second.grad = None
+    optimizer.step()
+    assert torch.equal(second.detach(), held)
+    second.grad = torch.zeros(4, 3)
+    optimizer.step()
+    torch.testing.assert_close(held - second.detach(), 0.5 * momentum)
+
+
+@pytest.mark.parametrize("way", ["names", "state_dict"])
+def test_saved_state_goes_on_bit_for_bit(way: str) -> None:
+    gradients = make_gradients(6)
+    straight = make_parameters()
+    run(AdaFactor(straight, lr=0.01), straight, gradients)
+
+    first = make_parameters()
+    optimizer = AdaFactor(first, lr=0.01)
+    run(optimizer, first, gradients[:3])
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    resumed = AdaFactor(second, lr=0.01)
+    if way == "names":
+        saved = optimizer.state_by_name({p: str(n) for n, p in enumerate(first)})
+        resumed.load_state_by_name(
+            {k: v.clone() for k, v in saved.items()}, {p: str(n) for n, p in enumerate(second)}, 3
+        )
+    else:
+        resumed.load_state_dict(optimizer.state_dict())
+    run(resumed, second, gradients[3:])
+    assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
+
+
+def test_state_of_a_parameter_that_is_not_there_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="momentum:gone"):
+        AdaFactor([parameter], lr=0.1).load_state_by_name({"momentum:gone": torch.zeros(2)}, {parameter: "here"}, 1)
+
+
+def test_beta2_is_corrected_to_the_mean_of_what_was_seen() -> None:
+    assert corrected_beta2(0.999, 1) == 0.0
+    assert corrected_beta2(0.999, 2) == pytest.approx(0.5, abs=1e-3)
+    assert corrected_beta2(0.999, 10**6) == pytest.approx(0.999)
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, decay_steps=5)
+    rates = [learning_rate(config, step, 20) for step in range(21)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[14:] == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    paper = OptimizerConfig(lr=2e-4, warmup_steps=0)
+    assert {learning_rate(paper, step, 10) for step in range(10)} == {2e-4}
+
+
+def test_the_average_follows_the_declared_decay() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+        ema = Ema(network, decay=0.9)
+        network.weight.fill_(2.0)
+        expected = 1.0
+        for step in range(200):
+            ema.update(network, step)
+            decay = min(0.9, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * 2.0
+    assert ema.decay_at(0) == 0.1
+    assert ema.decay_at(1000) == 0.9
+    assert ema.weights["weight"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_average_is_fp32_whatever_the_network_is() -> None:
+    network = nn.Linear(3, 2).to(torch.bfloat16)
+    ema = Ema(network, decay=0.99)
+    ema.update(network, 5)
+    assert {weight.dtype for weight in ema.weights.values()} == {torch.float32}
+
+
+def test_averages_of_another_network_are_refused() -> None:
+    ema = Ema(nn.Linear(3, 2), decay=0.9)
+    with pytest.raises(ValueError, match="bias"):
+        ema.load({"weight": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match="shape"):
+        ema.load({"weight": torch.zeros(1, 3), "bias": torch.zeros(2)})
