@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -77,7 +77,9 @@ class Demo:
         """Say that one of `PARTS` began, and how long it took."""
         self.console.rule(f"[bold]{len(self.seconds) + 1} {PARTS[key]}", align="left")
         began = time.monotonic()
-        yield
+        # Training has its own bars, and a terminal shows one live display at a time.
+        with nullcontext() if key == "train" else self.console.status(PARTS[key]):
+            yield
         self.seconds[key] = time.monotonic() - began
         self.console.print(f"{PARTS[key]}: {self.seconds[key]:.0f} s")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The average, by parameter name.
+    """The average of a network's parameters, by name.
 
     The decay of step n is min(decay, (1 + n) / (10 + n)): a short run would otherwise average over its random start
     (0.9999 forgets it only after some ten thousand steps).
@@ -20,11 +20,12 @@ class Ema:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.weights = {name: p.detach().float().clone() for name, p in network.named_parameters()}
+        self._parameters = list(network.parameters())
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Take in the parameters after step 0, 1, …"""
-        current = [parameter.detach().float() for parameter in network.parameters()]
+    def update(self, step: int) -> None:
+        """Take in the network's parameters after step 0, 1, …"""
+        current = [parameter.detach().float() for parameter in self._parameters]
         averages = list(self.weights.values())
         torch._foreach_lerp_(averages, current, 1 - self.decay_at(step))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 

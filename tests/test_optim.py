@@ -181,7 +181,7 @@ def test_the_average_follows_the_declared_decay() -> None:
         network.weight.fill_(2.0)
         expected = 1.0
         for step in range(200):
-            ema.update(network, step)
+            ema.update(step)
             decay = min(0.9, (1 + step) / (10 + step))
             expected = decay * expected + (1 - decay) * 2.0
     assert ema.decay_at(0) == 0.1
@@ -192,7 +192,7 @@ def test_the_average_follows_the_declared_decay() -> None:
 def test_the_average_is_fp32_whatever_the_network_is() -> None:
     network = nn.Linear(3, 2).to(torch.bfloat16)
     ema = Ema(network, decay=0.99)
-    ema.update(network, 5)
+    ema.update(5)
     assert {weight.dtype for weight in ema.weights.values()} == {torch.float32}
 
 

@@ -95,6 +95,7 @@ class ParallelEngine:
         self.network = network.to(place.device)
         self.place = place
         self.gradient_clip = training.gradient_clip
+        self._parameters = list(network.parameters())
         self._engine = _deepspeed().initialize(
             model=network, optimizer=optimizer, config=deepspeed_config(training), dist_init_required=False
         )[0]
@@ -113,10 +114,10 @@ class ParallelEngine:
     def clip_gradients(self) -> float:
         """Scale the reduced gradients down to the recipe's norm; returns the norm before."""
         # Reducing gives parameters that took no part a gradient of zero; a single rank must do the same.
-        for parameter in self.network.parameters():
+        for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip).item()
+        return torch.nn.utils.clip_grad_norm_(self._parameters, self.gradient_clip).item()
 
     def step(self) -> None:
         """Move the parameters and forget the gradients."""

@@ -59,7 +59,7 @@ class StageTraining:
             raise self._diverged(loss, grad_norm, rate)
         self.optimizer.learning_rate = rate
         self.engine.step()
-        self.ema.update(self.engine.network, self.step)
+        self.ema.update(self.step)
         self.step += 1
         return loss, grad_norm, stopping > 0
 
