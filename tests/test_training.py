@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from model.training import checkpoint, parallel
 from model.training.captions import CaptionTable, captions_of
 from model.training.draws import draw
 from model.training.journal import Journal
-from model.training.prepare import begin, latest_of
+from model.training.prepare import begin, digests_of, latest_of
 from model.training.run import ProgressLine, RunBusy, append_progress, exclusive, read_progress, rewind_progress
 from monitoring import metrics
 from tests.test_checkpoint import state
@@ -187,25 +187,36 @@ def test_a_stage_wants_its_parent_and_only_then(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "error"),
+    ("recipe", "data", "error"),
     [
-        (stage(), None),
-        (stage(log_every=7, checkpoint_every=1, keep_checkpoints=9, micro_batch_size=2), None),
-        (stage(seed=4), r"training\.seed was 0 and is 4"),
-        (stage().model_copy(update={"gate": ()}), None),
-        (stage("ti2v"), r"name was t2v and is ti2v \(3 differences\)"),
+        (stage(), "d1", None),
+        (stage(log_every=7, checkpoint_every=1, keep_checkpoints=9, micro_batch_size=2), "d1", None),
+        (stage().model_copy(update={"gate": ()}), "d1", None),
+        (stage(seed=4), "d1", r"training\.seed was 0 and is 4"),
+        (stage("ti2v"), "d1", r"name was t2v and is ti2v \(3 differences\)"),
+        (stage(), "d2", "data was d1 and is d2"),
     ],
-    ids=["same", "bookkeeping", "seed", "gate", "stage"],
+    ids=["same", "bookkeeping", "gate", "seed", "stage", "data"],
 )
-def test_a_run_goes_on_with_its_own_recipe_only(
-    inputs: Inputs, tmp_path: Path, recipe: StageRecipe, error: str | None
+def test_a_run_goes_on_with_its_own_recipe_and_data_only(
+    inputs: Inputs, tmp_path: Path, recipe: StageRecipe, data: str, error: str | None
 ) -> None:
     folders = inputs.folders(tmp_path)
-    assert latest_of(recipe, folders) is None
-    checkpoint.save(folders.checkpoints, replace(state(), recipe=stage()), keep=1)
+    assert latest_of(recipe, folders, {"data": data}) is None
+    checkpoint.save(folders.checkpoints, state(), keep=1)
     if error is None:
-        found = latest_of(recipe, folders)
+        found = latest_of(recipe, folders, {"data": data})
         assert found is not None and found.step == 5
     else:
         with pytest.raises(ValueError, match=error):
-            latest_of(recipe, folders)
+            latest_of(recipe, folders, {"data": data})
+
+
+def test_inputs_are_told_apart_by_content(inputs: Inputs, tmp_path: Path) -> None:
+    parent = checkpoint.save(tmp_path / "parent", state(), keep=1)
+    first = digests_of(inputs.folders(tmp_path, initial=parent))
+    assert first.keys() == {"data", "codec", "initial"}
+    moved = Inputs(*(shutil.copytree(folder, tmp_path / folder.name) for folder in (inputs.data, inputs.codec)))
+    assert digests_of(moved.folders(tmp_path)) == {key: first[key] for key in ("data", "codec")}
+    (moved.codec / "codec.json").write_text("{}")
+    assert digests_of(moved.folders(tmp_path))["codec"] != first["codec"]

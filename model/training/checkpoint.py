@@ -48,6 +48,8 @@ class TrainState:
     random: dict[str, Tensor]
     """The process-wide generators, see `random_state`."""
     loader: Json
+    inputs: Mapping[str, str]
+    """Digest of each thing the run was started from; it may not change under a run."""
     recipe: StageRecipe
 
 
@@ -79,7 +81,7 @@ def load(folder: Path) -> TrainState:
     state = json.loads((folder / "state.json").read_text())
     tensors = {part: load_file(folder / f"{part}.safetensors") for part in _TENSORS}
     recipe = loads_stage((folder / "recipe.json").read_text())
-    return TrainState(step=state["step"], loader=state["loader"], recipe=recipe, **tensors)
+    return TrainState(step=state["step"], loader=state["loader"], inputs=state["inputs"], recipe=recipe, **tensors)
 
 
 def load_weights(folder: Path, which: Literal["ema", "model"]) -> dict[str, Tensor]:
@@ -89,12 +91,17 @@ def load_weights(folder: Path, which: Literal["ema", "model"]) -> dict[str, Tens
 
 
 def verify(folder: Path) -> str:
-    """Check every file against the manifest; returns the digest that names the checkpoint's whole content.
+    """Check every file against the manifest; returns `digest_of` the checkpoint.
 
     Raises:
         CheckpointCorrupt: a file is missing or differs.
     """
     return _verified(folder, _FILES)
+
+
+def digest_of(folder: Path) -> str:
+    """The digest that names a checkpoint's whole content; only the manifest is read."""
+    return _verified(folder, ())
 
 
 def latest(root: Path) -> Path | None:
@@ -133,7 +140,12 @@ def _write_files(folder: Path, state: TrainState) -> None:
         tensors = cast(dict[str, Tensor], getattr(state, part))
         save_file({name: x.detach().contiguous() for name, x in tensors.items()}, folder / f"{part}.safetensors")
     (folder / "recipe.json").write_text(dumps(state.recipe))
-    written = {"step": state.step, "loader": state.loader, "recipe_sha256": _digest(folder / "recipe.json")}
+    written = {
+        "step": state.step,
+        "loader": state.loader,
+        "inputs": state.inputs,
+        "recipe_sha256": _digest(folder / "recipe.json"),
+    }
     (folder / "state.json").write_text(json.dumps(written, indent=2, sort_keys=True))
     entries = {name: {"sha256": _digest(folder / name), "size": (folder / name).stat().st_size} for name in _FILES}
     (folder / MANIFEST).write_text(_manifest_text(entries))

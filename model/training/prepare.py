@@ -3,14 +3,16 @@
 It owns what may differ between a run and its resumption; it knows nothing of steps.
 """
 
+import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from model.data.loader import ClipLoader
-from model.data.shards import ShardSet
+from model.data.shards import INDEX, ShardSet
 from model.ema import Ema
 from model.network.stiv import STIV
 from model.optim import AdaFactor
@@ -22,7 +24,7 @@ from model.training.grow import grow
 from model.training.parallel import ParallelEngine, Place
 from model.training.run import RunFolders
 from model.training.stage import StageTraining, names_of
-from model.vae import load_codec
+from model.vae import HEADER, load_codec
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
         text_size=encoder.hidden_size,
         pooled_size=encoder.pooled_size,
     ).to(place.device)
-    state = latest_of(recipe, folders)
+    inputs = digests_of(folders)
+    state = latest_of(recipe, folders, inputs)
     if state is None:
         begin(network, recipe, folders.initial)
     else:
@@ -75,22 +78,30 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
         loader=loader,
         codec=load_codec(folders.codec, recipe.vae).to(place.device),
         captions=captions,
+        inputs=inputs,
         step=0 if state is None else state.step,
     )
 
 
-def latest_of(recipe: StageRecipe, folders: RunFolders) -> checkpoint.TrainState | None:
-    """The run's latest checkpoint, if it is of this recipe."""
+def digests_of(folders: RunFolders) -> dict[str, str]:
+    """What a run is started from, by content: wherever the folders lie, and whatever is copied over them later."""
+    found = {"data": folders.data / "train" / INDEX, "codec": folders.codec / HEADER}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path.exists()}
+    return digests if folders.initial is None else digests | {"initial": checkpoint.digest_of(folders.initial)}
+
+
+def latest_of(recipe: StageRecipe, folders: RunFolders, inputs: Mapping[str, str]) -> checkpoint.TrainState | None:
+    """The run's latest checkpoint, if it is of this recipe and these inputs."""
     folder = checkpoint.latest(folders.checkpoints)
     if folder is None:
         return None
     state = checkpoint.load(folder)
-    here, there = _identity(recipe), _identity(state.recipe)
+    here, there = {**_identity(recipe), **inputs}, {**_identity(state.recipe), **state.inputs}
     changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
     if changed:
         raise ValueError(
-            f"{folder} was trained by another recipe: {changed[0]} was {there.get(changed[0])} and is"
-            f" {here.get(changed[0])} ({len(changed)} differences); use a new run folder, or the recipe it began with"
+            f"{folder} was trained otherwise: {changed[0]} was {there.get(changed[0])} and is {here.get(changed[0])}"
+            f" ({len(changed)} differences); use a new run folder, or what it began with"
         )
     return state
 

@@ -43,6 +43,8 @@ class StageTraining:
     loader: ClipLoader
     codec: FrameCodec
     captions: CaptionTable
+    inputs: dict[str, str]
+    """Digests of what the run was started from."""
     step: int
     """Optimizer steps done."""
 
@@ -99,6 +101,7 @@ class StageTraining:
             optimizer=self.optimizer.state_by_name(names_of(self.engine.network)),
             random=checkpoint.random_state(),
             loader=self.loader.state_dict(),
+            inputs=self.inputs,
             recipe=self.recipe,
         )
         folder = checkpoint.save(self.folders.checkpoints, state, keep=self.recipe.training.keep_checkpoints)
