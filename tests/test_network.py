@@ -139,3 +139,30 @@ def test_growing_into_another_width_or_depth_is_refused_with_the_names() -> None
     weights["patch_embedding.weight"] = torch.zeros(16, 16)
     with pytest.raises(ValueError, match="keep hidden_size"):
         grow(network(), weights)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "depth", "num_heads", "temporal", "billions"),
+    [
+        (1152, 28, 18, False, 0.603),
+        (1152, 28, 18, True, 0.751),
+        (1536, 38, 24, False, 1.449),
+        (1536, 38, 24, True, 1.807),
+        (3072, 46, 48, True, 8.739),
+    ],
+)
+def test_the_papers_sizes_have_the_papers_number_of_parameters(
+    hidden_size: int, depth: int, num_heads: int, temporal: bool, billions: float
+) -> None:
+    """Table 1 counts blocks and the shared AdaLN; embedders and head add up to three in a hundred."""
+    config = NetworkConfig(
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        temporal_patch_size=2 if temporal else 1,
+        temporal_attention=temporal,
+    )
+    with torch.device("meta"):
+        net = STIV(config, latent_channels=8, text_size=1280, pooled_size=1280)
+    counted = sum(parameter.numel() for parameter in net.parameters()) / 1e9
+    assert billions < counted < 1.03 * billions
