@@ -39,7 +39,7 @@ test: $(INSTALLED) ## the tests that need no GPU and no cluster
 check: $(INSTALLED) ## format, lint, types, import layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports --no-logo
 
 format: $(INSTALLED) ## format, and mend what ruff can

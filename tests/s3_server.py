@@ -57,6 +57,9 @@ def running_server(folder: Path) -> Generator[S3Server]:
     finally:
         process.kill()
         process.wait()
+        for port in ports:  # killed, it leaves its sockets behind, and puts them here whatever TMPDIR says
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
 
 
 def weed_command(folder: Path, ports: Sequence[int]) -> list[str]:
