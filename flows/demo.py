@@ -124,14 +124,20 @@ def _train(demo: Demo) -> list[StageResult]:
     """CurriculumFlow in a process of its own, as a user runs it; its ranks' progress shows as bars."""
     work, log, run_id = demo.root / "work", demo.root / "flow.log", demo.root / "run_id"
     user = os.environ.get("METAFLOW_USER") or os.environ.get("USER") or "demo"
-    home = {"METAFLOW_USER": user, "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(demo.root / "metaflow")}
+    home = {"METAFLOW_USER": user, "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(demo.root)}
+    (demo.root / ".metaflow").mkdir()  # cards go to the first one at or above the working folder
     os.environ.update(home)  # Metaflow's client reads them when it is imported, below
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "flows.curriculum_flow", "run", "--recipe", "tiny", "--run-id-file", str(run_id)]
     command += ["--set", ";".join(demo.overrides), "--store", str(demo.store), "--work", str(work)]
     with log.open("wb") as output, StageDisplay(demo.console) as display:
         flow = subprocess.Popen(
-            command, env={**os.environ, "PATH": path}, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            command,
+            cwd=demo.root,
+            env={**os.environ, "PATH": path},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
         )
         while flow.poll() is None:
             _show(demo, work, display)

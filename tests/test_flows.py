@@ -1,6 +1,8 @@
 """The curriculum as a user runs it: Metaflow's own command line, real ranks, a kill in the middle, a resume."""
 
+import base64
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,13 +76,21 @@ def store(tmp_path_factory: pytest.TempPathFactory, curriculum: Curriculum) -> P
 def home(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment of a Metaflow of its own."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    (tmp_path / ".metaflow").mkdir()
     yield {**os.environ, "METAFLOW_USER": "tests", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(tmp_path), "PATH": path}
 
 
 def flow(*arguments: str, home: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "flows.curriculum_flow", "--no-pylint", *arguments]
     with log.open("wb") as output:
-        return subprocess.Popen(command, env=home, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=home, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
+
+
+def content_of(card: Path) -> str:
+    """What a card's page shows: JSON that the page carries in base64."""
+    data = re.search(r'__MF_DATA__\[.*?\]\s*=\s*"([A-Za-z0-9+/=]+)"', card.read_text())
+    assert data is not None
+    return base64.b64decode(data[1]).decode()
 
 
 def kill_family(process: "subprocess.Popen[bytes]") -> None:
@@ -120,6 +130,11 @@ def test_a_killed_curriculum_resumes_where_it_was_and_promotes_every_stage(
     assert t2v_manifest.parents["checkpoint"] == after_t2i.digest
     assert ti2v.parents["checkpoint"] == t2v_manifest.digest
     assert {"evaluation/samples.png", "ema.safetensors"} <= set(ti2v.files)
+
+    for stage in ("t2v", "ti2v"):
+        cards = (tmp_path / ".metaflow" / "mf.cards").glob(f"CurriculumFlow/runs/*/steps/{stage}/tasks/*/cards/*.html")
+        shown = content_of(max(cards, key=lambda card: card.stat().st_mtime))
+        assert "Gate: promoted" in shown and "data:image/png" in shown and "heldout_loss" in shown
 
     exported = export_engine(registry, promoted("ti2v"), tmp_path / "export", who="tests")
     assert exported.parity.worst.max_abs_error <= 1e-4
