@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError
 from export.engine import EngineCorrupt, EngineMismatch, OnnxEngine
 from export.onnx import recipe_digest
 from export.parity import ParityReport
-from model.recipe import Config, StageRecipe, dumps, loads_stage
+from model.config import Config
+from model.recipe import StageRecipe, dumps, loads_stage
 from model.vae import FrameCodec
 
 MODEL = "model.onnx"

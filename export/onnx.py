@@ -71,6 +71,12 @@ def export_onnx(
     start = time.perf_counter()
     if network.config != recipe.network:
         raise ValueError(f"the network is {network.config}, the recipe '{recipe.name}' says {recipe.network}")
+    if network.config.image_cross_attention != "off":
+        raise ValueError(
+            f"network.image_cross_attention '{network.config.image_cross_attention}' takes the image as an input of its"
+            " own, and an engine has none; export a network with image_cross_attention 'off', which has the first frame"
+            " among its latents"
+        )
     profile = profile or ShapeProfile.of(recipe, network)
     weights = _weights(network)
     model = _trace(_one_block(network, weights), profile)

@@ -15,7 +15,7 @@ from torch import Tensor
 from export.engine import Engine
 from export.profiles import Shape, ShapeProfile
 from model.conditioning import Conditions
-from model.recipe import Config
+from model.config import Config
 
 BOUND = 1e-4
 """Largest absolute error of a float32 engine; velocities are of order 1."""

@@ -5,8 +5,9 @@ It owns ranges, multiples and their messages, all in latent units; it knows noth
 
 from typing import Self
 
+from model.config import Config, Positive
 from model.network.stiv import MICRO_GROUPS, STIV
-from model.recipe import Config, Positive, StageRecipe
+from model.recipe import StageRecipe
 
 AXES = ("batch", "frames", "height", "width", "text_tokens")
 
@@ -47,6 +48,9 @@ class ShapeProfile(Config):
         frame, side = recipe.network.temporal_patch_size, recipe.network.patch_size
         frames, height, width = recipe.video.num_frames, recipe.video.height // factor, recipe.video.width // factor
         largest = {"frames": frames * stretch, "height": height * stretch, "width": width * stretch}
+        if recipe.network.learned_grid is not None:  # the table of positions ends there
+            table = zip(largest, recipe.network.learned_grid, (frame, side, side), strict=True)
+            largest = {axis: min(largest[axis], places * patch) for axis, places, patch in table}
         return cls(
             min=Shape(batch=1, frames=frame, height=side, width=side, text_tokens=1),
             opt=Shape(

@@ -1,22 +1,22 @@
 """Conditions of the flow: text, pooled text, micro-conditions, and frame replacement with its dropouts.
 
-Pure functions over tensors; it knows nothing of the network or of how samples are drawn.
+Pure functions over tensors; it knows nothing of the network, of how samples are drawn or of which frames a task gives.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from model.recipe import Task, VideoConfig
+from model.config import VideoConfig
 from model.text import TextEmbedding
 
 
 @dataclass(slots=True, frozen=True)
 class Conditions:
-    """All that conditions a batch of B rows beside the image."""
+    """All that conditions a batch of B rows beside the frames that are replaced."""
 
     text: Tensor
     """[B, L, text_size]."""
@@ -26,6 +26,10 @@ class Conditions:
     """[B, pooled_size]."""
     micro: Tensor
     """[B, 6]: original height, original width, crop top, crop left, frame stride, number of frames."""
+    image: Tensor | None = None
+    """Clean latents [B, C, H, W] of the first frame, for networks that attend to it; zeros where none is given."""
+    image_given: Tensor | None = None
+    """bool [B]; there whenever `image` is."""
 
     @classmethod
     def of(cls, embedding: TextEmbedding, micro: Tensor) -> Self:
@@ -45,14 +49,34 @@ class Conditions:
             text_mask=torch.cat([padded(row.text_mask) for row in rows]),
             pooled=torch.cat([row.pooled for row in rows]),
             micro=torch.cat([row.micro for row in rows]),
+            image=_all_or_none([row.image for row in rows]),
+            image_given=_all_or_none([row.image_given for row in rows]),
         )
 
+    def with_image(self, image: Tensor, given: Tensor) -> "Conditions":
+        """A copy that carries `image` [B, C, H, W] in the rows where `given` bool [B], and zeros in the others."""
+        return replace(self, image=torch.where(given[:, None, None, None], image, 0.0), image_given=given)
+
+    def without_image(self) -> "Conditions":
+        """A copy that gives no row an image; a network that wants one still finds zeros."""
+        if self.image is None or self.image_given is None:
+            return self
+        return replace(self, image=torch.zeros_like(self.image), image_given=torch.zeros_like(self.image_given))
+
     def rows(self, index: Tensor | slice) -> "Conditions":
-        return Conditions(self.text[index], self.text_mask[index], self.pooled[index], self.micro[index])
+        return self._each(lambda x: x[index])
 
     def to(self, device: torch.device | str) -> "Conditions":
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
         return Conditions(
-            self.text.to(device), self.text_mask.to(device), self.pooled.to(device), self.micro.to(device)
+            text=change(self.text),
+            text_mask=change(self.text_mask),
+            pooled=change(self.pooled),
+            micro=change(self.micro),
+            image=None if self.image is None else change(self.image),
+            image_given=None if self.image_given is None else change(self.image_given),
         )
 
 
@@ -72,16 +96,24 @@ def first_frames(batch: int, num_frames: int, count: int = 1) -> Tensor:
     return (torch.arange(num_frames) < count).expand(batch, num_frames)
 
 
-def draw_frame_mask(
-    task: Task, batch: int, num_frames: int, *, image_dropout: float, generator: torch.Generator
-) -> Tensor:
-    """Training mask bool [B, T]: TI2V keeps the first frame clean except in `image_dropout` of the rows."""
-    if task != "ti2v":
-        return torch.zeros(batch, num_frames, dtype=torch.bool)
+def draw_frame_mask(given: Tensor, batch: int, *, image_dropout: float, generator: torch.Generator) -> Tensor:
+    """Training mask bool [B, T]: the frames in `given` bool [T] are clean, in `image_dropout` of the rows none is."""
+    if not given.any():
+        return given.expand(batch, -1)
     kept = torch.rand(batch, generator=generator) >= image_dropout
-    return first_frames(batch, num_frames) & kept[:, None]
+    return given & kept[:, None]
 
 
 def draw_text_dropout(batch: int, *, text_dropout: float, generator: torch.Generator) -> Tensor:
     """bool [B], True where the caption is replaced by the empty string; independent of the image (App. B)."""
     return torch.rand(batch, generator=generator) < text_dropout
+
+
+def _all_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    if found and len(found) != len(parts):
+        raise ValueError(
+            f"{len(found)} of {len(parts)} conditions carry an image; give every row one, with `image_given` False"
+            " where there is none"
+        )
+    return torch.cat(found) if found else None

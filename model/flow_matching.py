@@ -1,12 +1,13 @@
-"""Flow matching (paper 2.1): path, target, timestep distribution and the masked loss. Pure functions.
+"""Flow matching (paper 2.1): path, target, timestep distribution, what is masked and the masked loss. Pure functions.
 
-t = 0 is noise, t = 1 is data: x_t = t x_1 + (1 - t) eps, v = x_1 - eps.
+t = 0 is noise, t = 1 is data: x_t = t x_1 + (1 - t) eps, v = x_1 - eps. It knows nothing of networks or samplers.
 """
 
 import torch
 from torch import Tensor
 
-from model.recipe import FlowConfig
+from model.config import FlowConfig
+from model.diffusion import diffusion_path
 
 
 def draw_timesteps(batch: int, config: FlowConfig, generator: torch.Generator) -> Tensor:
@@ -21,6 +22,13 @@ def draw_timesteps(batch: int, config: FlowConfig, generator: torch.Generator) -
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
     """SD3's resolution shift written for t = 1 - sigma: above 1 moves times towards noise; 1 is none."""
     return t / (t + shift * (1 - t))
+
+
+def path(flow: FlowConfig, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents at t [B] and what the network learns to predict from them, for data and noise [B, ...]."""
+    if flow.objective == "diffusion":
+        return diffusion_path(data, noise, t)
+    return interpolate(data, noise, t), velocity_target(data, noise)
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -45,20 +53,32 @@ def masked_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return ((velocity - target).square() * weight).sum() / weight.sum().clamp_min(1.0)
 
 
-def loss_weight(frame_mask: Tensor, latents: Tensor, *, keep: Tensor | None, patch_size: int) -> Tensor:
-    """Weight [B, T, 1, H, W] of each latent element: 0 under clean frames and in dropped spatial tokens.
+def loss_weight(
+    frame_mask: Tensor,
+    latents: Tensor,
+    *,
+    keep: Tensor | None,
+    patch_size: int,
+    keep_frames: Tensor | None = None,
+    temporal_patch_size: int = 1,
+) -> Tensor:
+    """Weight [B, T, 1, H, W] of each latent element: 0 under clean frames and in dropped tokens.
 
     Args:
         frame_mask: bool [B, T], True where the frame was replaced by its clean latent.
         keep: indices [B, K] of the spatial tokens the network saw, or None for all.
+        keep_frames: indices [B, K'] of the token frames it saw, or None for all.
     """
-    height, width = latents.shape[3], latents.shape[4]
+    batch, frames, _, height, width = latents.shape
     weight = (~frame_mask).to(latents.dtype)[:, :, None, None, None].expand(-1, -1, 1, height, width)
-    if keep is None:
-        return weight
-    rows, columns = height // patch_size, width // patch_size
-    kept = latents.new_zeros(latents.shape[0], rows * columns).scatter(1, keep, 1.0).reshape(-1, 1, 1, rows, columns)
-    return weight * kept.repeat_interleave(patch_size, dim=3).repeat_interleave(patch_size, dim=4)
+    if keep is not None:
+        rows, columns = height // patch_size, width // patch_size
+        kept = latents.new_zeros(batch, rows * columns).scatter(1, keep, 1.0).reshape(-1, 1, 1, rows, columns)
+        weight = weight * kept.repeat_interleave(patch_size, dim=3).repeat_interleave(patch_size, dim=4)
+    if keep_frames is not None:
+        seen = latents.new_zeros(batch, frames // temporal_patch_size).scatter(1, keep_frames, 1.0)
+        weight = weight * seen.repeat_interleave(temporal_patch_size, dim=1)[:, :, None, None, None]
+    return weight
 
 
 def draw_kept_tokens(batch: int, tokens: int, mask_ratio: float, generator: torch.Generator) -> Tensor | None:
@@ -67,3 +87,8 @@ def draw_kept_tokens(batch: int, tokens: int, mask_ratio: float, generator: torc
     if kept == tokens:
         return None
     return torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+def draw_kept_frames(batch: int, frames: int, mask_ratio: float, generator: torch.Generator) -> Tensor | None:
+    """Indices [B, K'] of the token frames that stay (paper Fig. 6a, temporal masking); None = all stay."""
+    return draw_kept_tokens(batch, frames, mask_ratio, generator)

@@ -1,17 +1,18 @@
-"""AdaFactor with the paper's setting, and the learning-rate schedule.
+"""AdaFactor with the paper's setting, AdamW as its baseline, and the learning-rate schedule.
 
-It owns the update rule and its state; it knows nothing of gradient clipping, ranks or files. Shapes are kept, so it
-is exact only where parameters keep theirs: not under an engine that flattens them (ZeRO stages 1 to 3).
+It owns AdaFactor's rule and what is kept of either's state; it knows nothing of gradient clipping, ranks or files.
+Shapes are kept, so AdaFactor is exact only where parameters keep theirs: not under an engine that flattens them (ZeRO
+stages 1 to 3).
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.recipe import OptimizerConfig
+from model.config import OptimizerConfig
 
 EPSILON = 1e-30
 """Added to squared gradients, so that a gradient of zero divides."""
@@ -50,11 +51,56 @@ class _Stack:
             parameter.sub_(move.view_as(parameter))
 
 
-class AdaFactor(torch.optim.Optimizer):
+class StageOptimizer(torch.optim.Optimizer):
+    """What a stage's optimizer offers beside its rule: one learning rate, and its state by parameter name."""
+
+    @property
+    def learning_rate(self) -> float:
+        return self.param_groups[0]["lr"]
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        # torch wraps this method so that its first call imports torch.compile's tracer: 3 s of every rank's start.
+        plain = getattr(super().add_param_group, "__wrapped__", None)
+        if plain is None:
+            super().add_param_group(param_group)
+        else:
+            plain(self, param_group)
+
+    def state_by_name(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        """`PART:NAME` for each part of the state of every parameter that has stepped, steps left out; no copies."""
+        return {
+            f"{part}:{names[cast(nn.Parameter, parameter)]}": tensor
+            for parameter, state in self.state.items()
+            for part, tensor in cast(dict[str, Tensor], state).items()
+            if part != "step"
+        }
+
+    def load_state_by_name(self, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str], step: int) -> None:
+        """Take up what `state_by_name` gave after `step` steps."""
+        wanted = {name: parameter for parameter, name in names.items()}
+        self.state.clear()
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(":")
+            if name not in wanted:
+                raise ValueError(f"optimizer state '{key}' belongs to no parameter of this network")
+            self.state[wanted[name]][part] = tensor.to(wanted[name].device)
+        self._set_step(step)
+
+    def _set_step(self, step: int) -> None:
+        raise NotImplementedError
+
+
+class AdaFactor(StageOptimizer):
     """AdaFactor as STIV trains with it (3.1): factored second moment, constant beta2 with bias correction, update clip
     per tensor, momentum without bias correction; no parameter scaling, no relative step, no weight decay.
 
-    A tensor of two or more dimensions is factored as the matrix [first, product of the rest]; a vector is not.
+    A tensor of two or more dimensions is factored as the matrix [first, product of the rest]; a vector is not. The
+    state has parts `row`, `column` and `momentum`.
     """
 
     def __init__(
@@ -70,19 +116,6 @@ class AdaFactor(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._stacks: dict[tuple[int, ...], _Stack] = {}
 
-    @classmethod
-    def of(cls, params: Iterable[nn.Parameter], config: OptimizerConfig) -> Self:
-        return cls(params, lr=config.lr, beta1=config.beta1, beta2=config.beta2, clip_threshold=config.clip_threshold)
-
-    @property
-    def learning_rate(self) -> float:
-        return self.param_groups[0]["lr"]
-
-    @learning_rate.setter
-    def learning_rate(self, value: float) -> None:
-        for group in self.param_groups:
-            group["lr"] = value
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         loss = None
@@ -96,36 +129,12 @@ class AdaFactor(torch.optim.Optimizer):
                 self._stack(parameters).step(group["lr"], group["beta1"], beta2, group["clip_threshold"])
         return loss
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        # torch wraps this method so that its first call imports torch.compile's tracer: 3 s of every rank's start.
-        plain = getattr(super().add_param_group, "__wrapped__", None)
-        if plain is None:
-            super().add_param_group(param_group)
-        else:
-            plain(self, param_group)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._stacks.clear()
 
-    def state_by_name(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        """`row:NAME`, `column:NAME` and `momentum:NAME` of every parameter that has stepped; no copies."""
-        return {
-            f"{part}:{names[cast(nn.Parameter, parameter)]}": tensor
-            for parameter, state in self.state.items()
-            for part, tensor in cast(dict[str, Tensor], state).items()
-        }
-
-    def load_state_by_name(self, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str], step: int) -> None:
-        """Take up what `state_by_name` gave after `step` steps."""
-        wanted = {name: parameter for parameter, name in names.items()}
-        self.state.clear()
+    def _set_step(self, step: int) -> None:
         self._stacks.clear()
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(":")
-            if name not in wanted:
-                raise ValueError(f"optimizer state '{key}' belongs to no parameter of this network")
-            self.state[wanted[name]][part] = tensor.to(wanted[name].device)
         for group in self.param_groups:
             group["step"] = step
 
@@ -148,6 +157,23 @@ class AdaFactor(torch.optim.Optimizer):
         for parameter, view in zip(parameters, stacked.unbind(), strict=True):
             self.state[parameter][part] = view
         return stacked
+
+
+class AdamW(StageOptimizer, torch.optim.AdamW):
+    """torch's AdamW; the state has parts `exp_avg` and `exp_avg_sq`."""
+
+    def _set_step(self, step: int) -> None:
+        for state in self.state.values():
+            state["step"] = torch.tensor(float(step))
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> StageOptimizer:
+    """What `config.type` names; neither decays weights."""
+    if config.type == "adamw":
+        return AdamW(parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=0.0)
+    return AdaFactor(
+        parameters, lr=config.lr, beta1=config.beta1, beta2=config.beta2, clip_threshold=config.clip_threshold
+    )
 
 
 def corrected_beta2(beta2: float, step: int) -> float:

@@ -1,224 +1,35 @@
 """The recipe: one frozen configuration tree a stage, and the curriculum that orders stages.
 
-It owns names, types, ranges and cross-field rules; it knows nothing of files other than recipes, and derives no
-DeepSpeed, Kubernetes or engine setting (those rooms derive theirs from it).
+It owns how sections agree with one another and how recipe files are read; the sections themselves are `config`'s.
 """
 
 import json
 import tomllib
 from collections.abc import Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Task = Literal["t2i", "t2v", "ti2v"]
-
-
-class Config(BaseModel):
-    """A section of the recipe: immutable, and a key it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class NetworkConfig(Config):
-    """STIV's shape (paper Table 1, section 2)."""
-
-    hidden_size: Positive
-    depth: Positive
-    num_heads: Positive
-    patch_size: Positive = 2
-    """Latent pixels a token covers in height and in width."""
-    temporal_patch_size: Positive = 2
-    """Latent frames a token covers: 2 for video, 1 for images (paper App. B)."""
-    temporal_attention: bool = True
-    """Off in the T2I stage, which has one frame."""
-    mlp_ratio: Positive = 4
-    unmasked_depth: Annotated[int, Field(ge=0)] = 2
-    """Last blocks that see every token when training masks (paper 2.2); counted in `depth`."""
-    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
-    rope_spatial_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Position interpolation: old grid side / new grid side (paper 2.4)."""
-    rope_temporal_scale: Annotated[float, Field(gt=0)] = 1.0
-    absolute_positions: bool = False
-    """Also add a fixed sinusoid of row, column and frame to the tokens; the paper has RoPE alone."""
-
-    @model_validator(mode="after")
-    def _shapes_divide(self) -> Self:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if (self.hidden_size // self.num_heads) % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} / num_heads {self.num_heads} = {self.hidden_size // self.num_heads}"
-                " channels a head; 2-D RoPE needs a multiple of 4"
-            )
-        if self.unmasked_depth >= self.depth:
-            raise ValueError(f"unmasked_depth {self.unmasked_depth} must be below depth {self.depth}")
-        return self
-
-
-class VideoConfig(Config):
-    """The clip a stage trains on, in pixels."""
-
-    num_frames: Positive
-    height: Positive
-    width: Positive
-    fps: Positive = 8
-    frame_stride: Positive = 1
-    """Every n-th source frame is taken (paper App. B: 3)."""
-
-
-class VaeConfig(Config):
-    """The frozen per-frame codec between pixels and latents."""
-
-    type: Literal["patch_pca", "autoencoder_kl"] = "patch_pca"
-    latent_channels: Positive = 8
-    spatial_factor: Positive = 8
-    whitening: Ratio = 1.0
-    """`patch_pca`: 1 gives every channel unit variance, 0 keeps the variances that pixels have."""
-    path: str | None = None
-    """Folder of a diffusers `AutoencoderKL` (sd-vae-ft-ema layout); required by that type."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.type == "autoencoder_kl" and self.path is None:
-            raise ValueError(
-                "vae.type 'autoencoder_kl' needs vae.path, a folder with config.json and safetensors weights"
-            )
-        if self.type == "patch_pca" and self.latent_channels > 3 * self.spatial_factor**2:
-            raise ValueError(
-                f"vae.latent_channels {self.latent_channels} exceeds the {3 * self.spatial_factor**2} values of a"
-                f" {self.spatial_factor}x{self.spatial_factor} RGB patch"
-            )
-        return self
-
-
-class TextConfig(Config):
-    """Which frozen text encoder conditions the network."""
-
-    type: Literal["minilm", "clip", "t5_clip"] = "minilm"
-    max_tokens: Positive = 77
-    path: str | None = None
-    """Local folder or hub name of the CLIP text tower; `minilm` carries its own weights."""
-    t5_path: str | None = None
-    """Local folder or hub name of the T5 encoder; only `t5_clip`."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.type in ("clip", "t5_clip") and self.path is None:
-            raise ValueError(f"text.type '{self.type}' needs text.path, a CLIP text model folder or hub name")
-        if self.type == "t5_clip" and self.t5_path is None:
-            raise ValueError("text.type 't5_clip' needs text.t5_path, a T5 encoder folder or hub name")
-        return self
-
-
-class ConditioningConfig(Config):
-    """Training-time dropout of each condition (paper App. B)."""
-
-    text_dropout: Ratio = 0.1
-    image_dropout: Ratio = 0.08
-
-
-class FlowConfig(Config):
-    """How training draws flow time t (0 = noise, 1 = data)."""
-
-    timestep_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = 1.0
-    """SD3's shift towards noise: 1 is none, above 1 spends more of training and sampling near t = 0."""
-
-
-class OptimizerConfig(Config):
-    """AdaFactor with the paper's setting (3.1): no weight decay, no parameter scaling."""
-
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    clip_threshold: Annotated[float, Field(gt=0)] = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
-    decay_steps: Annotated[int, Field(ge=0)] = 0
-    """Last steps over which the rate falls linearly to zero; 0 keeps it constant, as the paper does."""
-
-
-class TrainingConfig(Config):
-    """One stage's training run."""
-
-    steps: Positive
-    """Optimizer steps with `mask_ratio` of the spatial tokens dropped."""
-    unmasked_steps: Annotated[int, Field(ge=0)] = 0
-    """Further steps on all tokens (paper: 50k T2I, 100k T2V and TI2V)."""
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    global_batch_size: Positive
-    micro_batch_size: Positive
-    world_size: Positive = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    seed: int = 0
-    checkpoint_every: Positive = 1000
-    keep_checkpoints: Positive = 2
-    log_every: Positive = 10
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps + self.unmasked_steps
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
-        if self.global_batch_size % (self.micro_batch_size * self.world_size):
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size"
-                f" {self.micro_batch_size} x world_size {self.world_size}"
-            )
-        if self.zero_stage != 0:
-            raise ValueError(
-                f"zero_stage {self.zero_stage} would flatten parameters, and AdaFactor's row and column statistics"
-                " would silently be wrong; use zero_stage = 0"
-            )
-        return self
-
-
-class DataConfig(Config):
-    """Which parts of the data set a stage draws from, and how often."""
-
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"moving_shapes": 1.0})
-    """Source name in the shards -> relative sampling weight."""
-
-
-class SamplingConfig(Config):
-    """How videos are drawn from the trained flow (paper 2.1, App. A)."""
-
-    solver: Literal["euler", "heun"] = "heun"
-    stochastic: bool = True
-    """Reverse-time SDE (the paper's choice) instead of the ODE."""
-    num_steps: Positive = 50
-    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
-    renormalize: bool = True
-    """CFG-Renorm: keep the guided velocity's norm at the conditional one's."""
-
-
-class GateRule(Config):
-    """One bound a checkpoint must hold to be promoted."""
-
-    metric: str
-    op: Literal["<", "<=", ">", ">="]
-    bound: float
-
-
-class EvaluationConfig(Config):
-    """What is measured on the EMA weights once a stage has trained."""
-
-    heldout_clips: Positive = 64
-    sample_prompts: Positive = 8
-    """Captions drawn for the sample grid and, on moving shapes, for the checker."""
+from model.config import (
+    ConditioningConfig,
+    Config,
+    CorpusConfig,
+    DataConfig,
+    EvaluationConfig,
+    FlowConfig,
+    GateRule,
+    NetworkConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    Task,
+    TextConfig,
+    TrainingConfig,
+    VaeConfig,
+    VideoConfig,
+)
 
 
 class StageRecipe(Config):
@@ -227,7 +38,9 @@ class StageRecipe(Config):
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     task: Task
     parent: str | None = None
-    """Stage whose promoted checkpoint this one grows from."""
+    """Stage whose promoted checkpoint this one grows from; "" is none, as TOML has no null."""
+    temporal_parent: str | None = None
+    """Stage that gives the temporal attention where `parent` gives the rest (paper Fig. 4: T2I-512 with T2V-256)."""
     network: NetworkConfig
     video: VideoConfig
     vae: VaeConfig = VaeConfig()
@@ -240,6 +53,11 @@ class StageRecipe(Config):
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: tuple[GateRule, ...] = ()
+
+    @field_validator("parent", "temporal_parent", mode="before")
+    @classmethod
+    def _empty_is_none(cls, name: object) -> object:
+        return None if name == "" else name
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
@@ -257,26 +75,50 @@ class StageRecipe(Config):
             )
         if self.task == "t2i" and self.video.num_frames != 1:
             raise ValueError(f"task 't2i' trains on images: video.num_frames must be 1, not {self.video.num_frames}")
-        if self.task != "t2i" and not self.network.temporal_attention:
-            raise ValueError(f"task '{self.task}' needs network.temporal_attention = true")
+        if not self.network.temporal_attention and (self.task != "t2i" or self.temporal_parent is not None):
+            what = f"task '{self.task}'" if self.task != "t2i" else f"temporal_parent '{self.temporal_parent}'"
+            raise ValueError(f"{what} needs network.temporal_attention = true")
+        self._check_conditioning()
+        self._check_grid()
         if not self.gate:
             raise ValueError("gate is empty: a stage without a rule could never be refused; add at least one [[gate]]")
         return self
 
+    @property
+    def tasks(self) -> dict[Task, float]:
+        """Weight of each task that clips are trained as."""
+        return self.conditioning.mix or {self.task: 1.0}
 
-class CorpusConfig(Config):
-    """The captioned corpus that is drawn: moving shapes for training and for measuring."""
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """Token frames, rows and columns of a clip."""
+        side = self.vae.spatial_factor * self.network.patch_size
+        frames = self.video.num_frames // self.network.temporal_patch_size
+        return frames, self.video.height // side, self.video.width // side
 
-    shapes: Positive = 2400
-    heldout_shapes: Positive = 192
-    size: Annotated[int, Field(ge=16)] = 32
-    num_frames: Positive = 8
-    seed: Annotated[int, Field(ge=0)] = 0
-    gate: tuple[GateRule, ...] = (
-        GateRule(metric="train_samples", op=">=", bound=1),
-        GateRule(metric="psnr_db_moving_shapes", op=">=", bound=25),
-    )
-    """What the data set and the codec must hold to be promoted."""
+    def _check_conditioning(self) -> None:
+        if "t2i" in self.tasks and len(self.tasks) > 1:
+            raise ValueError(f"conditioning.mix {sorted(self.tasks)} mixes 't2i' with clips; images are a stage's own")
+        given = sorted(set(self.tasks) - {"t2i", "t2v"})
+        if not self.conditioning.frame_replacement and self.network.image_cross_attention == "off":
+            raise ValueError(
+                "conditioning.frame_replacement = false leaves the image no way in; set network.image_cross_attention"
+            )
+        further = sorted(set(given) - {"ti2v", "keyframes"})
+        if not self.conditioning.frame_replacement and further:
+            raise ValueError(f"task '{further[0]}' gives frames that only conditioning.frame_replacement carries")
+        if self.flow.objective == "diffusion" and given:
+            raise ValueError(f"flow.objective 'diffusion' has no frame replacement, which task '{given[0]}' needs")
+        if "prediction" in self.tasks and self.conditioning.prediction_frames >= self.video.num_frames:
+            raise ValueError(
+                f"conditioning.prediction_frames {self.conditioning.prediction_frames} leaves nothing to predict of"
+                f" video.num_frames {self.video.num_frames}"
+            )
+
+    def _check_grid(self) -> None:
+        grid, learned = self.token_grid, self.network.learned_grid
+        if learned is not None and any(own > most for own, most in zip(grid, learned, strict=True)):
+            raise ValueError(f"network.learned_grid {learned} is smaller than the clip's token grid {grid}")
 
 
 class Curriculum(Config):
@@ -302,6 +144,16 @@ class Curriculum(Config):
                 raise ValueError(
                     f"stage '{stage.name}' grows from '{stage.parent}', which is not an earlier stage {seen}"
                 )
+            if stage.temporal_parent is not None and (stage.parent is None or stage.temporal_parent not in seen):
+                raise ValueError(
+                    f"stage '{stage.name}' takes temporal attention from '{stage.temporal_parent}'; that must be an"
+                    f" earlier stage {seen}, and parent must name the one that gives the rest"
+                )
+            if stage.temporal_parent is not None and not self.stage(stage.temporal_parent).network.temporal_attention:
+                raise ValueError(
+                    f"stage '{stage.name}' takes temporal attention from '{stage.temporal_parent}', which has none;"
+                    " name a stage that trains on videos"
+                )
             if (stage.vae, stage.text) != (self.stages[0].vae, self.stages[0].text):
                 raise ValueError(f"stage '{stage.name}' has another vae or text section than '{self.stages[0].name}'")
             seen.append(stage.name)
@@ -313,15 +165,20 @@ class RecipeError(ValueError):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Curriculum:
-    """Read a curriculum: `curriculum.toml` lists the stage files beside it.
+    """Read a curriculum: `curriculum.toml` lists the stage files, by their paths from its own folder without `.toml`.
 
-    An override is `stage.section.key=value` (or `*.section.key=value` for every stage); the value is TOML.
+    Its `[defaults]` stand below every stage: what a stage file leaves out comes from there. An override is
+    `stage.section.key=value` (or `*.section.key=value` for every stage) and stands above both; the value is TOML.
     """
     top = _read_toml(path)
     files = cast(object, top.get("stages"))
     if not isinstance(files, list) or not files:
         raise RecipeError(f"{path}: stages must list at least one stage file")
-    stages = [_read_toml(path.parent / f"{name}.toml") for name in cast(list[object], files)]
+    defaults = top.pop("defaults", {})
+    if not isinstance(defaults, dict):
+        raise RecipeError(f"{path}: defaults must be a table of sections and keys, not {defaults!r}")
+    below = cast(dict[str, object], defaults)
+    stages = [_stacked(below, _read_toml(path.parent / f"{name}.toml")) for name in cast(list[object], files)]
     for override in overrides:
         _apply(override, stages)
     try:
@@ -352,6 +209,16 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise RecipeError(f"{path}: a folder, not a recipe; name the curriculum.toml in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
+
+
+def _stacked(defaults: dict[str, object], stage: dict[str, object]) -> dict[str, object]:
+    """A stage above the defaults: sections key by key; a key's value as a whole, also where it is a list or a table."""
+    stacked = {**deepcopy(defaults), **stage}
+    for name, section in stage.items():
+        below = defaults.get(name)
+        if isinstance(section, dict) and isinstance(below, dict):
+            stacked[name] = {**deepcopy(cast(dict[str, object], below)), **cast(dict[str, object], section)}
+    return stacked
 
 
 def _apply(override: str, stages: list[dict[str, object]]) -> None:

@@ -1,11 +1,12 @@
-"""Drawing videos from the trained flow: joint guidance, renormalisation, solver steps. Pure functions per step.
+"""Drawing videos from the trained flow: guidance, renormalisation, solver steps. Pure functions per step.
 
 Every step takes B unlike rows, each with its own time, step size, guidance scale and clean frames, so a server can
 batch videos that stand at different steps. It knows nothing of networks, jobs or decoding.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -13,13 +14,23 @@ import torch
 from torch import Tensor
 
 from model.conditioning import Conditions, replace_frames
+from model.config import SamplingConfig
 from model.flow_matching import interpolate, shift_timesteps
-from model.recipe import SamplingConfig
 
 Velocity = Callable[[Tensor, Tensor, Conditions], Tensor]
 """(latents [R, T, C, H, W], t [R], conditions of R rows) -> velocity; what an engine or a network offers."""
 
 Solver = Literal["euler", "heun"]
+GuidanceKind = Literal["joint", "separate", "none"]
+NullFrames = Literal["noised", "zeros"]
+
+PASSES: dict[GuidanceKind, tuple[tuple[bool, bool], ...]] = {
+    "joint": ((True, True), (False, False)),
+    "separate": ((True, True), (False, True), (False, False)),
+    "none": ((True, True),),
+}
+"""Whether each pass sees the text and the image; a pass is guided away from the one after it."""
+
 FIRST_TIME = 1e-3
 """The SDE's diffusion (1 - t) / t needs t > 0; its first step uses this in its place."""
 
@@ -30,10 +41,44 @@ class Guidance:
 
     conditional: Conditions
     null: Conditions
-    """Null text, usually the empty string; the image is dropped too (joint guidance)."""
+    """Null text, usually the empty string; what a pass sees of the image is the conditional's, or none of it."""
     scale: Tensor
-    """[B]; 1 is the conditional prediction alone."""
+    """[B]; 1 is the conditional prediction alone. Separate guidance: of the text."""
     renormalize: bool = True
+    kind: GuidanceKind = "joint"
+    image_scale: Tensor | None = None
+    """[B], scale of the image; separate guidance wants it, the others do not use it."""
+    null_frames: NullFrames = "noised"
+
+    def configured(self, config: SamplingConfig) -> "Guidance":
+        """The same conditions and scales, combined as `config` says."""
+        own = self.image_scale
+        return replace(
+            self,
+            renormalize=config.renormalize,
+            kind=config.guidance,
+            image_scale=torch.full_like(self.scale, config.image_guidance_scale) if own is None else own,
+            null_frames=config.null_frames,
+        )
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """[B] for each pass but the last: how far it is followed from the one after it."""
+        if self.kind == "none":
+            return []
+        if self.kind == "joint":
+            return [self.scale]
+        if self.image_scale is None:
+            raise ValueError("image_scale is None; guidance 'separate' wants one a row")
+        return [self.scale, self.image_scale]
+
+    def conditions(self, with_text: bool, with_image: bool) -> Conditions:
+        """Of a pass."""
+        own = self.conditional
+        chosen = own if with_text else self.null
+        if own.image is None or own.image_given is None:
+            return chosen
+        return chosen.with_image(own.image, own.image_given & with_image)
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,9 +98,16 @@ def timestep_schedule(num_steps: int, shift: float = 1.0) -> Tensor:
     return shift_timesteps(torch.linspace(0.0, 1.0, num_steps + 1), shift)
 
 
-def joint_guidance(conditional: Tensor, null: Tensor, scale: Tensor) -> Tensor:
-    """JIT-CFG (paper 2.3.2): null + s (conditional - null), text and image guided by one scale [B]."""
-    return null + _per_row(scale) * (conditional - null)
+def guide(predictions: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """Classifier-free guidance over passes, each [B, ...] with fewer conditions than the one before it.
+
+    Two passes are JIT-CFG (paper 2.3.2), null + s (conditional - null); three are SIT-CFG (paper 3.4.2),
+    null + s_image (image - null) + s_text (conditional - image); one is itself.
+    """
+    guided = predictions[-1]
+    for place in reversed(range(len(scales))):
+        guided = guided + _per_row(scales[place]) * (predictions[place] - predictions[place + 1])
+    return guided
 
 
 def renormalize(guided: Tensor, conditional: Tensor, frame_mask: Tensor) -> Tensor:
@@ -69,17 +121,22 @@ def renormalize(guided: Tensor, conditional: Tensor, frame_mask: Tensor) -> Tens
 def guided_velocity(
     velocity: Velocity, latents: Tensor, t: Tensor, guidance: Guidance, image: ImageCondition
 ) -> Tensor:
-    """One call of `velocity` with 2B rows: conditional rows first, null rows after."""
-    conditional_rows = replace_frames(latents, image.latents, image.frame_mask)
-    null_rows = replace_frames(latents, interpolate(image.latents, image.noise, t), image.frame_mask)
-    both = velocity(
-        torch.cat([conditional_rows, null_rows]),
-        torch.cat([t, t]),
-        Conditions.stack([guidance.conditional, guidance.null]),
-    )
-    conditional, null = both.chunk(2)
-    guided = joint_guidance(conditional, null, guidance.scale)
-    return renormalize(guided, conditional, image.frame_mask) if guidance.renormalize else guided
+    """One call of `velocity` with B rows a pass: conditional rows first, null rows last."""
+    passes = PASSES[guidance.kind]
+    clean = replace_frames(latents, image.latents, image.frame_mask)
+    null = replace_frames(latents, _null_frames(image, t, guidance.null_frames), image.frame_mask)
+    predicted = velocity(
+        torch.cat([clean if with_image else null for _, with_image in passes]),
+        torch.cat([t] * len(passes)),
+        Conditions.stack([guidance.conditions(with_text, with_image) for with_text, with_image in passes]),
+    ).chunk(len(passes))
+    guided = guide(predicted, guidance.scales)
+    return renormalize(guided, predicted[0], image.frame_mask) if guidance.renormalize else guided
+
+
+def _null_frames(image: ImageCondition, t: Tensor, kind: NullFrames) -> Tensor:
+    """What stands at the given frames where a pass may not see them."""
+    return interpolate(image.latents, image.noise, t) if kind == "noised" else torch.zeros_like(image.latents)
 
 
 @dataclass(slots=True, frozen=True)
@@ -123,7 +180,26 @@ def sample(
     shift: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Latents [B, T, C, H, W] at t = 1 from noise of that shape; clean frames come back as given."""
+    """Latents [B, T, C, H, W] at t = 1 from noise of that shape; clean frames come back as given.
+
+    `config` says how the passes of `guidance` are combined; the scales a row has in `guidance` stay.
+    """
+    steps = sample_steps(velocity, noise, guidance, image, config, shift=shift, generator=generator)
+    return deque(steps, maxlen=1).pop()
+
+
+def sample_steps(
+    velocity: Velocity,
+    noise: Tensor,
+    guidance: Guidance,
+    image: ImageCondition,
+    config: SamplingConfig,
+    *,
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """What `sample` does, latents after each denoise step."""
+    guidance = guidance.configured(config)
     latents = replace_frames(noise, image.noise, image.frame_mask)
     schedule = timestep_schedule(config.num_steps, shift)
     for start, end in pairwise(schedule):
@@ -131,7 +207,7 @@ def sample(
         diffusion = torch.randn(noise.shape, generator=generator) if config.stochastic and end < 1.0 else None
         step = Step(start.expand(rows), end.expand(rows), config.solver, diffusion)
         latents = denoise_step(velocity, latents, step, guidance, image)
-    return latents
+        yield latents
 
 
 def no_image(latents: Tensor) -> ImageCondition:

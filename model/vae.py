@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from model.recipe import VaeConfig
+from model.config import VaeConfig
 
 WEIGHTS = "codec.safetensors"
 HEADER = "codec.json"

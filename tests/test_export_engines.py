@@ -21,8 +21,9 @@ from export.onnx import OnnxExport, export_onnx, recipe_digest, weights_digest
 from export.parity import BOUND, ParityFailed, ParityReport, check_parity, draw_inputs
 from export.profiles import Shape, ShapeProfile
 from model.conditioning import Conditions
+from model.config import SamplingConfig
 from model.network.stiv import STIV
-from model.recipe import SamplingConfig, StageRecipe
+from model.recipe import StageRecipe
 from model.sampler import Guidance, no_image, sample
 from model.vae import PatchPca
 
@@ -155,6 +156,26 @@ def test_an_image_network_exports_too_whatever_its_weights_are_and_large_ones_li
     beside.unlink()
     with pytest.raises(EngineCorrupt, match="cannot be loaded, export it again"):
         OnnxEngine(file.path)
+
+
+def test_a_network_of_other_choices_exports_too(tmp_path: Path) -> None:
+    unlike = {"qk_norm", "sandwich_norm", "condition_norm", "shared_modulation", "micro_conditions"}
+    network = {"hidden_size": 32, "depth": 3, "num_heads": 2, **dict.fromkeys(unlike, False)}
+    network |= {"causal_temporal_attention": True, "temporal_modulation": True}
+    recipe = make_recipe(network=network | {"positions": "learned", "learned_grid": (4, 4, 8)})
+    trained = make_network(recipe)
+    file = export_onnx(trained, tmp_path / MODEL, recipe=recipe)
+    engine = OnnxEngine(file.path, threads=1)
+    largest = engine.profile.max
+    assert (largest.frames, largest.height, largest.width) == (8, 8, 16)  # where the learned positions end
+    check_parity(TorchEngine(trained), engine, engine.profile, subject="", bound=2e-5)
+
+
+def test_a_network_that_takes_the_image_beside_the_latents_is_refused(tmp_path: Path) -> None:
+    network = {"hidden_size": 32, "depth": 3, "num_heads": 2, "image_cross_attention": "linear"}
+    recipe = make_recipe(network=network)
+    with pytest.raises(ValueError, match=r"image_cross_attention 'linear' takes the image as an input of its own"):
+        export_onnx(make_network(recipe), tmp_path / MODEL, recipe=recipe)
 
 
 def test_a_network_of_another_recipe_or_precision_is_refused(tmp_path: Path, exported: Exported) -> None:

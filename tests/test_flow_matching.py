@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from model.conditioning import Conditions, draw_frame_mask, draw_text_dropout, first_frames, replace_frames
+from model.config import FlowConfig
 from model.flow_matching import (
+    draw_kept_frames,
     draw_kept_tokens,
     draw_timesteps,
     interpolate,
@@ -13,7 +15,6 @@ from model.flow_matching import (
     shift_timesteps,
     velocity_target,
 )
-from model.recipe import FlowConfig
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -64,6 +65,21 @@ def test_an_error_in_a_dropped_token_costs_nothing() -> None:
     assert masked_loss(wrong, latents, weight).item() == pytest.approx(0.5)
 
 
+def test_an_error_in_a_dropped_token_frame_costs_nothing() -> None:
+    latents, mask = torch.zeros(2, 6, 3, 4, 4), first_frames(2, 6)
+    weight = loss_weight(
+        mask,
+        latents,
+        keep=torch.tensor([[0], [3]]),
+        patch_size=2,
+        keep_frames=torch.tensor([[0, 2], [1, 2]]),
+        temporal_patch_size=2,
+    )
+    assert weight[0, :, 0, 0, 0].tolist() == [0, 1, 0, 0, 1, 1]  # frame 0 is given, frames 2 and 3 are dropped
+    assert weight[1, :, 0, 3, 3].tolist() == [0, 0, 1, 1, 1, 1]
+    assert weight[0, :, 0, :, 2:].sum() == weight[1, :, 0, :2].sum() == 0  # dropped spatial tokens
+
+
 def test_a_clip_without_anything_to_learn_has_zero_loss_not_nan() -> None:
     latents, mask = torch.zeros(1, 1, 3, 4, 4), torch.ones(1, 1, dtype=torch.bool)
     assert masked_loss(latents + 1, latents, loss_weight(mask, latents, keep=None, patch_size=2)) == 0
@@ -77,20 +93,21 @@ def test_masking_keeps_the_right_number_of_distinct_tokens_and_none_is_no_maskin
     assert draw_kept_tokens(5, 16, 0.0, generator()) is None
 
 
+def test_temporal_masking_keeps_its_share_of_the_token_frames() -> None:
+    keep = draw_kept_frames(64, 8, 0.25, generator())
+    assert keep is not None and keep.shape == (64, 6)
+    assert all(len(set(row.tolist())) == 6 and row.tolist() == sorted(row.tolist()) for row in keep)
+    assert keep.flatten().bincount().min() > 30  # no frame is spared
+    assert draw_kept_frames(5, 8, 0.0, generator()) is None
+
+
 def test_text_and_image_are_dropped_independently_at_their_rates() -> None:
     rng = generator()
     text = draw_text_dropout(20_000, text_dropout=0.1, generator=rng)
-    image = ~draw_frame_mask("ti2v", 20_000, 4, image_dropout=0.08, generator=rng)[:, 0]
+    image = ~draw_frame_mask(first_frames(1, 4)[0], 20_000, image_dropout=0.08, generator=rng)[:, 0]
     assert text.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert image.float().mean().item() == pytest.approx(0.08, abs=0.01)
     assert (text & image).float().mean().item() == pytest.approx(0.008, abs=0.003)
-
-
-@pytest.mark.parametrize("task", ["t2i", "t2v"])
-def test_only_image_to_video_keeps_a_frame_clean(task: str) -> None:
-    assert not draw_frame_mask(task, 8, 4, image_dropout=0.0, generator=generator()).any()  # pyright: ignore[reportArgumentType]
-    kept = draw_frame_mask("ti2v", 8, 4, image_dropout=0.0, generator=generator())
-    assert kept[:, 0].all() and not kept[:, 1:].any()
 
 
 def test_frame_replacement_touches_only_the_masked_frames() -> None:

@@ -4,19 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import NetworkConfig
 from model.network import rope
 from model.network.stiv import STIV
-from model.recipe import NetworkConfig
 from model.training.grow import grow
 
 CHANNELS, TEXT, POOLED = 4, 24, 20
 
 
-def network(*, temporal: bool = True, pt: int = 2, seed: int = 0, depth: int = 3) -> STIV:
+def network(*, temporal: bool = True, pt: int = 2, seed: int = 0, depth: int = 3, **choices: object) -> STIV:
     torch.manual_seed(seed)
-    config = NetworkConfig(
-        hidden_size=32, depth=depth, num_heads=2, patch_size=2, temporal_patch_size=pt, temporal_attention=temporal
-    )
+    shape = {"hidden_size": 32, "depth": depth, "num_heads": 2, "patch_size": 2, "temporal_patch_size": pt}
+    config = NetworkConfig.model_validate({**shape, "temporal_attention": temporal, **choices})
     return STIV(config, latent_channels=CHANNELS, text_size=TEXT, pooled_size=POOLED)
 
 

@@ -1,13 +1,13 @@
-"""AdaFactor against the paper's rule written out slowly, its state, its schedule; and the moving average."""
+"""AdaFactor against the paper's rule written out slowly, AdamW as torch's, their state, the schedule, the average."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from model.config import OptimizerConfig
 from model.ema import Ema
-from model.optim import AdaFactor, corrected_beta2, learning_rate
-from model.recipe import OptimizerConfig
+from model.optim import AdaFactor, AdamW, StageOptimizer, corrected_beta2, learning_rate, make_optimizer
 
 SHAPES = [(6, 5), (6, 5), (7,), (3, 2, 2, 2), (), (1, 4), (5, 6)]
 
@@ -49,7 +49,7 @@ def make_gradients(steps: int, seed: int = 1) -> list[list[torch.Tensor]]:
     ]
 
 
-def run(optimizer: AdaFactor, parameters: list[nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
+def run(optimizer: StageOptimizer, parameters: list[nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()
@@ -130,17 +130,19 @@ def test_a_parameter_without_a_gradient_rests_and_keeps_its_state() -> None:
     torch.testing.assert_close(held - second.detach(), 0.5 * momentum)
 
 
+@pytest.mark.parametrize("kind", ["adafactor", "adamw"])
 @pytest.mark.parametrize("way", ["names", "state_dict"])
-def test_saved_state_goes_on_bit_for_bit(way: str) -> None:
+def test_saved_state_goes_on_bit_for_bit(kind: str, way: str) -> None:
     gradients = make_gradients(6)
+    config = OptimizerConfig(type=kind, lr=0.01)  # pyright: ignore[reportArgumentType]
     straight = make_parameters()
-    run(AdaFactor(straight, lr=0.01), straight, gradients)
+    run(make_optimizer(straight, config), straight, gradients)
 
     first = make_parameters()
-    optimizer = AdaFactor(first, lr=0.01)
+    optimizer = make_optimizer(first, config)
     run(optimizer, first, gradients[:3])
     second = [nn.Parameter(p.detach().clone()) for p in first]
-    resumed = AdaFactor(second, lr=0.01)
+    resumed = make_optimizer(second, config)
     if way == "names":
         saved = optimizer.state_by_name({p: str(n) for n, p in enumerate(first)})
         resumed.load_state_by_name(
@@ -150,6 +152,26 @@ def test_saved_state_goes_on_bit_for_bit(way: str) -> None:
         resumed.load_state_dict(optimizer.state_dict())
     run(resumed, second, gradients[3:])
     assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
+
+
+def test_the_recipe_names_the_optimizer_and_its_betas() -> None:
+    gradients, config = make_gradients(4), OptimizerConfig(type="adamw", lr=0.02, beta1=0.8, beta2=0.95)
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = make_optimizer(ours, config)
+    assert isinstance(optimizer, AdamW)
+    run(optimizer, ours, gradients)
+    plain = torch.optim.Adam(theirs, lr=0.02, betas=(0.8, 0.95))
+    for step in gradients:
+        for parameter, gradient in zip(theirs, step, strict=True):
+            parameter.grad = gradient.clone()
+        plain.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    optimizer.learning_rate = 0.5
+    assert optimizer.learning_rate == 0.5 == optimizer.param_groups[0]["lr"]
+    factored = make_optimizer(ours, OptimizerConfig(beta1=0.7, beta2=0.9, clip_threshold=2.0))
+    assert isinstance(factored, AdaFactor)
+    assert factored.defaults == {"lr": 2e-4, "beta1": 0.7, "beta2": 0.9, "clip_threshold": 2.0, "step": 0}
 
 
 def test_state_of_a_parameter_that_is_not_there_is_refused() -> None:

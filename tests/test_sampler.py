@@ -1,20 +1,22 @@
-"""The sampler: closed-form flows, guidance, renormalisation, clean frames, rows that stand at different times."""
+"""The sampler: closed-form flows, guidances, renormalisation, clean frames, rows that stand at different times."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.conditioning import Conditions, first_frames
-from model.recipe import SamplingConfig
+from model.config import SamplingConfig
 from model.sampler import (
     Guidance,
     ImageCondition,
     Step,
     denoise_step,
+    guide,
     guided_velocity,
-    joint_guidance,
     no_image,
     renormalize,
     sample,
@@ -87,8 +89,9 @@ def test_heun_is_closer_than_euler_at_equal_steps() -> None:
 
 def test_guidance_one_is_the_conditional_prediction_and_zero_the_null_one() -> None:
     conditional, null = torch.randn(SHAPE), torch.randn(SHAPE)
-    assert torch.allclose(joint_guidance(conditional, null, torch.tensor([1.0, 0.0]))[0], conditional[0], atol=1e-6)
-    assert torch.equal(joint_guidance(conditional, null, torch.tensor([1.0, 0.0]))[1], null[1])
+    guided = guide([conditional, null], [torch.tensor([1.0, 0.0])])
+    assert torch.allclose(guided[0], conditional[0], atol=1e-6)
+    assert torch.equal(guided[1], null[1])
 
 
 def test_renormalising_gives_each_row_its_conditional_norm_outside_clean_frames() -> None:
@@ -112,6 +115,113 @@ def test_the_conditional_pass_sees_the_clean_frame_and_the_null_pass_a_noised_on
     conditional, null = seen[0].chunk(2)
     assert (conditional[:, 0] == 5.0).all() and (conditional[:, 1:] == 0).all()
     assert torch.allclose(null[:, 0], torch.full_like(null[:, 0], 0.25 * 5.0 - 0.75))
+
+
+def told(x: Tensor, t: Tensor, given: Conditions) -> Tensor:
+    """A velocity that says what a pass was given: text T, image I by frame replacement, J by cross-attention."""
+    text = given.text.mean(dim=(1, 2))
+    image = x[:, :1].mean(dim=(1, 2, 3, 4))
+    attended = torch.zeros_like(t) if given.image is None else given.image.mean(dim=(1, 2, 3))
+    if given.image_given is not None:
+        attended = attended * given.image_given
+    said = 2 * text + 3 * image + 5 * attended + 7 * text * (image + attended)
+    return said[:, None, None, None, None].expand(x.shape).clone()
+
+
+def told_velocity(given: Guidance, *, frames: float = 1.0) -> Tensor:
+    """Frame 0 is clean, of value `frames`; a noised one is 0."""
+    image = ImageCondition(torch.full(SHAPE, frames), first_frames(2, 3), torch.full(SHAPE, -frames))
+    return guided_velocity(told, torch.zeros(SHAPE), torch.full((2,), 0.5), given, image)[:, 1, 0, 0, 0]
+
+
+def test_separate_guidance_scales_text_and_image_apart() -> None:
+    scale, image_scale = torch.tensor([7.5, 2.0]), torch.tensor([1.5, 4.0])
+    found = told_velocity(replace(guidance(), kind="separate", scale=scale, image_scale=image_scale))
+    nothing, image, everything = 0.0, 3.0, 2.0 + 3.0 + 7.0
+    assert torch.equal(found, nothing + image_scale * (image - nothing) + scale * (everything - image))
+
+
+def test_separate_guidance_by_equal_scales_is_joint_guidance() -> None:
+    scale = torch.tensor([1.5, 6.0])
+    joint = replace(guidance(), scale=scale)
+    assert torch.allclose(told_velocity(replace(joint, kind="separate", image_scale=scale)), told_velocity(joint))
+
+
+def test_no_guidance_is_one_conditional_pass() -> None:
+    rows: list[int] = []
+
+    def velocity(x: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        rows.append(x.shape[0])
+        return told(x, t, given)
+
+    x, t, image = torch.randn(SHAPE), torch.full((2,), 0.5), no_image(torch.zeros(SHAPE))
+    plain = Guidance(conditions(2, 1.0), conditions(2, 0.0), torch.full((2,), 9.0), kind="none")
+    assert torch.equal(guided_velocity(velocity, x, t, plain, image), told(x, t, conditions(2, 1.0)))
+    assert rows == [2]
+
+
+def test_separate_guidance_without_a_scale_for_the_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_scale is None"):
+        told_velocity(replace(guidance(), kind="separate"))
+
+
+def test_null_frames_may_be_zero_latents() -> None:
+    seen: list[Tensor] = []
+
+    def velocity(x: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    image = ImageCondition(torch.full(SHAPE, 5.0), first_frames(2, 3), torch.full(SHAPE, -1.0))
+    latents = torch.full(SHAPE, 2.0)
+    given = replace(guidance(), null_frames="zeros")
+    moved = denoise_step(velocity, latents, Step(torch.zeros(2), torch.full((2,), 0.5)), given, image)
+    conditional, null = seen[0].chunk(2)
+    assert (conditional[:, 0] == 5.0).all() and (null[:, 0] == 0.0).all() and (null[:, 1:] == 2.0).all()
+    assert (moved[:, 0] == 0.5 * 5.0 - 0.5).all()  # outside the null pass the frame stays on its path
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"), [("joint", [1, 0]), ("separate", [1, 1, 0]), ("none", [1])], ids=["joint", "separate", "none"]
+)
+def test_an_image_that_is_attended_to_is_given_to_the_passes_that_see_images(kind: str, given: list[int]) -> None:
+    asked: list[Conditions] = []
+
+    def velocity(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        asked.append(conditions)
+        return torch.zeros_like(x)
+
+    picture = torch.ones(2, *SHAPE[2:])
+    with_image = conditions(2, 1.0).with_image(picture, torch.tensor([True, False]))
+    row = Guidance(with_image, conditions(2, 0.0), torch.ones(2), kind=kind, image_scale=torch.ones(2))  # pyright: ignore[reportArgumentType]
+    guided_velocity(velocity, torch.zeros(SHAPE), torch.zeros(2), row, no_image(torch.zeros(SHAPE)))
+    assert asked[0].image is not None and asked[0].image_given is not None
+    assert asked[0].image_given.tolist() == [flag for there in given for flag in (bool(there), False)]
+    assert (asked[0].image[~asked[0].image_given] == 0).all()
+
+
+def test_sampling_follows_its_configuration() -> None:
+    noise = torch.randn(SHAPE)
+
+    def velocity(x: Tensor, t: Tensor, given: Conditions) -> Tensor:
+        return told(x, t, given) + noise.repeat(x.shape[0] // 2, 1, 1, 1, 1)
+
+    def drawn(**choices: Any) -> Tensor:
+        config = SamplingConfig(solver="euler", stochastic=False, num_steps=2, **choices)
+        image = ImageCondition(torch.ones(SHAPE), first_frames(2, 3), noise)
+        return sample(velocity, noise, guidance(scale=3.0), image, config)
+
+    plain: dict[str, Any] = {"renormalize": False}
+    choices: list[dict[str, Any]] = [
+        {"renormalize": True},
+        {"guidance": "none"},
+        {"guidance": "separate"},
+        {"guidance": "separate", "image_guidance_scale": 2.0},
+        {"null_frames": "zeros"},
+    ]
+    videos = [drawn(**plain), *(drawn(**{**plain, **choice}) for choice in choices)]
+    for place, video in enumerate(videos):
+        assert not any(torch.allclose(video, other) for other in videos[:place]), ([plain, *choices])[place]
 
 
 def test_clean_frames_come_back_as_given() -> None:

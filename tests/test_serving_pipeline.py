@@ -8,7 +8,8 @@ import torch
 from infra.serving.limits import VideoRequest
 from infra.serving.pipeline import DenoiseRow, Diverged, VideoPipeline
 from infra.serving.scheduler import Scheduler
-from model.recipe import SamplingConfig
+from model.config import FlowConfig, SamplingConfig
+from model.diffusion import as_flow
 from model.sampler import Guidance, sample
 from tests.tiny_server import CLIP, image, request, tiny_pipeline, tiny_recipe
 
@@ -91,6 +92,27 @@ def test_a_row_is_sampled_as_the_sampler_does() -> None:
     with torch.inference_mode():
         wanted = sample(pipeline.engine.denoise, row.latents, guidance, row.image, config)
     assert torch.equal(finish(pipeline, [row])["job"], wanted)
+
+
+@pytest.mark.parametrize("guidance", ["separate", "none"])
+def test_guidance_other_than_joint_is_refused(guidance: str) -> None:
+    recipe = tiny_recipe()
+    sampling = recipe.sampling.model_copy(update={"guidance": guidance})
+    with pytest.raises(ValueError, match=f"guidance '{guidance}' is not served.* set 'joint'"):
+        tiny_pipeline(recipe.model_copy(update={"sampling": sampling}))
+
+
+def test_a_diffusion_network_is_served_along_the_flow_it_implies() -> None:
+    recipe = tiny_recipe(task="t2v")
+    pipeline = tiny_pipeline(recipe.model_copy(update={"flow": FlowConfig(objective="diffusion")}))
+    row = pipeline.prepare("job", *UNLIKE["plain"])
+    guidance = Guidance(row.conditional, row.null, torch.tensor([3.0]))
+    with torch.inference_mode():
+        wanted = sample(as_flow(pipeline.engine.denoise), row.latents, guidance, row.image, recipe.sampling)
+    found = finish(pipeline, [row])["job"]
+    assert torch.allclose(found, wanted, atol=1e-5)
+    plain = tiny_pipeline(recipe)
+    assert not torch.allclose(found, finish(plain, [plain.prepare("job", *UNLIKE["plain"])])["job"], atol=1e-2)
 
 
 def test_an_upload_size_other_than_trained_works_for_every_multiple(pipeline: VideoPipeline) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model import text
-from model.recipe import TextConfig
+from model.config import TextConfig
 from model.text import TextEncoder, load_text_encoder
 
 WORDS = ["a", "red", "blue", "circle", "square", "moves", "left", "right"]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.recipe import VaeConfig
+from model.config import VaeConfig
 from model.vae import AutoencoderKlCodec, PatchPca, load_codec, psnr
 
 

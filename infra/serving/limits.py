@@ -13,7 +13,8 @@ from pydantic import Field
 
 from export.profiles import ShapeProfile
 from infra.serving.schema import ApiError, CreateVideo
-from model.recipe import Config, Positive, StageRecipe
+from model.config import Config, Positive
+from model.recipe import StageRecipe
 
 MEBIBYTE = 2**20
 STRETCH = 4
@@ -89,7 +90,7 @@ class ServedModel:
 
     @property
     def takes_image(self) -> bool:
-        return self.recipe.task == "ti2v"
+        return "ti2v" in self.recipe.tasks
 
 
 def resolve(body: CreateVideo, model: ServedModel) -> VideoRequest:

@@ -83,6 +83,11 @@ def _write_frame(container: OutputContainer, stream: VideoStream, frame: av.Vide
     container.mux(stream.encode(frame))  # pyright: ignore[reportUnknownMemberType]
 
 
+def png(clip: Clip) -> bytes:
+    """The first frame, without loss."""
+    return _encoded(Image.fromarray(clip[0]), "PNG")
+
+
 def thumbnail(clip: Clip) -> bytes:
     """The first frame as WebP."""
     return _encoded(Image.fromarray(clip[0]), "WEBP")

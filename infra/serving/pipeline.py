@@ -19,8 +19,10 @@ from export.profiles import ShapeProfile
 from infra.serving import media
 from infra.serving.limits import VideoRequest
 from model.conditioning import Conditions, first_frames, micro_conditions
+from model.config import SamplingConfig
+from model.diffusion import flow_velocity
 from model.generation import Clip, to_clips, to_frames
-from model.recipe import SamplingConfig, StageRecipe
+from model.recipe import StageRecipe
 from model.sampler import Guidance, ImageCondition, Solver, Step, denoise_step, no_image, timestep_schedule
 from model.text import TextEncoder, load_text_encoder
 from model.vae import FrameCodec, load_codec
@@ -89,7 +91,13 @@ class VideoPipeline:
         digest: str = "",
     ) -> None:
         """`profile` bounds what the engine takes, None if it takes any shape; `digest` names it in the metrics."""
+        if recipe.sampling.guidance != "joint":
+            raise ValueError(
+                f"sampling.guidance '{recipe.sampling.guidance}' is not served: a video takes two rows of a call; set"
+                " 'joint' in the recipe and export again"
+            )
         self.engine = engine
+        self.velocity = flow_velocity(recipe.flow, engine.denoise)
         self.profile = profile
         self.digest = digest
         self.codec = codec
@@ -147,15 +155,14 @@ class VideoPipeline:
             conditional=Conditions.stack([row.conditional for row in rows]),
             null=Conditions.stack([row.null for row in rows]),
             scale=torch.tensor([row.request.guidance_scale for row in rows]),
-            renormalize=self.recipe.sampling.renormalize,
-        )
+        ).configured(self.recipe.sampling)
         image = ImageCondition(
             latents=torch.cat([row.image.latents for row in rows]),
             frame_mask=torch.cat([row.image.frame_mask for row in rows]),
             noise=torch.cat([row.image.noise for row in rows]),
         )
         latents = torch.cat([row.latents for row in rows])
-        moved = denoise_step(self.engine.denoise, latents, step, guidance, image)
+        moved = denoise_step(self.velocity, latents, step, guidance, image)
         for row, its_latents in zip(rows, moved.chunk(len(rows)), strict=True):
             row.latents = its_latents
             row.step += 1

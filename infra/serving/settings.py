@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from model.recipe import Config, Positive
+from model.config import Config, Positive
 
 Seconds = Annotated[float, Field(gt=0)]
 

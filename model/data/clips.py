@@ -19,10 +19,10 @@ from typing import Annotated
 
 from pydantic import Field, JsonValue, ValidationError
 
+from model.config import Config
 from model.data.moving_shapes import ShapeClip
 from model.data.scenes import Scene, SceneConfig, find_videos, read_scenes
 from model.data.shards import Sample
-from model.recipe import Config
 
 logger = logging.getLogger(__name__)
 

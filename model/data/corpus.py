@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from model.config import CorpusConfig, DataConfig, VaeConfig, VideoConfig
 from model.data.clips import folder_samples, shape_samples
 from model.data.loader import ClipLoader
 from model.data.moving_shapes import generate
 from model.data.scenes import SceneConfig
 from model.data.shards import Sample, ShardSet, ShardWriter
-from model.recipe import CorpusConfig, DataConfig, VaeConfig, VideoConfig
 from model.vae import FrameCodec, PatchPca, load_codec, psnr
 
 HELDOUT_EVERY = 3

@@ -25,7 +25,7 @@ from av.video.stream import VideoStream
 from pydantic import Field
 from scenedetect import ContentDetector, FrameTimecode  # pyright: ignore[reportMissingTypeStubs]
 
-from model.recipe import Config, Positive
+from model.config import Config, Positive
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
@@ -151,6 +151,21 @@ def read_scenes(path: Path, config: SceneConfig | None = None) -> Iterator[Scene
                 original_height=picture.height,
                 original_width=picture.width,
             )
+
+
+def read_frames(path: Path, *, height: int, width: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Every frame [height, width, 3] of a video file, scaled to cover that size and cropped at the centre."""
+    with _opened(path) as container:
+        pixel_aspect = float(_video_stream(container, path).sample_aspect_ratio or 1)
+    picture: _Picture | None = None
+    for frame in _decode(path):
+        picture = picture or _Picture.of(frame, pixel_aspect)
+        scale = max(height / picture.height, width / picture.width)
+        drawn = picture.drawn(frame, scale=scale, pixels="rgb24")
+        top, left = (drawn.shape[0] - height) // 2, (drawn.shape[1] - width) // 2
+        yield drawn[top : top + height, left : left + width]
+    if picture is None:
+        raise VideoError(path, "no frame could be decoded")
 
 
 def _find_cuts(path: Path, config: SceneConfig) -> _Cuts:

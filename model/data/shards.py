@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from model.recipe import Config, Positive
+from model.config import Config, Positive
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """STIV's layers: stateless norms, attention with QK-norm, the block, embedders. Shapes are noted where they change.
 
-Plain PyTorch that exports; it knows nothing of training, masking or parallelism.
+Plain PyTorch that exports, and on a CPU the same in fewer passes (`fused`); it knows nothing of training, masking or
+parallelism.
 B batch, T token frames, S spatial tokens, N any sequence, L text tokens, D hidden size.
 """
 
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.network import rope
-from model.recipe import NetworkConfig
+from model.config import NetworkConfig
+from model.network import fused, rope
 
 EXPLICIT_BELOW = 64
 """Sequences shorter than this use a written-out softmax: SDPA's backward over many tiny sequences is slow on CPU."""
@@ -18,37 +19,44 @@ EXPLICIT_BELOW = 64
 
 def norm(x: Tensor) -> Tensor:
     """Stateless LayerNorm (no affine), as STIV uses before and after each sub-layer (paper 2.2)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    if fused.applies_to(x):
+        return fused.norm(x)
+    return F.layer_norm(x, x.shape[-1:], eps=fused.EPSILON)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """AdaLN: x [B, T, S, D], shift and scale [B, D]."""
-    return x * (1 + scale[:, None, None]) + shift[:, None, None]
+    return torch.addcmul(shift[:, None, None], x, 1 + scale[:, None, None])
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learnable scale, applied per head to queries and keys (QK-norm, paper 2.2)."""
+    """RMSNorm with a learnable scale, applied per head to queries and keys (QK-norm, paper 2.2), then RoPE."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        """x [B, N, heads, size], angles [B or 1, N, size / 2]."""
+        if fused.applies_to(x):
+            return fused.head_norm(x, self.weight, angles)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + fused.EPSILON) * self.weight
+        return x if angles is None else rope.rotate(x, angles)
 
 
 class Attention(nn.Module):
     """Multi-head attention with QK-norm: self-attention, or cross-attention when `context` is given."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = True, causal: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
         self.output = nn.Linear(hidden_size, hidden_size)
         head_size = hidden_size // num_heads
-        self.query_norm = RMSNorm(head_size)
-        self.key_norm = RMSNorm(head_size)
+        self.query_norm = RMSNorm(head_size) if qk_norm else None
+        self.key_norm = RMSNorm(head_size) if qk_norm else None
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, angles: Tensor | None = None, mask: Tensor | None = None
@@ -57,19 +65,23 @@ class Attention(nn.Module):
         source = x if context is None else context
         query = rearrange(self.query(x), "b n (h d) -> b n h d", h=self.num_heads)
         key, value = rearrange(self.key_value(source), "b m (two h d) -> two b m h d", two=2, h=self.num_heads)
-        query, key = self.query_norm(query), self.key_norm(key)
-        if angles is not None:
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query, angles), self.key_norm(key, angles)
+        elif angles is not None:
             query, key = rope.rotate(query, angles), rope.rotate(key, angles)
-        out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+        out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, causal=self.causal)
         return self.output(rearrange(out, "b h n d -> b n (h d)"))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
     allowed = None if mask is None else mask[:, None, None, :]
     # An exported graph holds the written-out form: SDPA's is longer by nodes that find out shapes known here.
     if not torch.compiler.is_exporting() and (query.is_cuda or key.shape[-2] > EXPLICIT_BELOW):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=causal)
+    logits = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    if causal:
+        place = torch.arange(key.shape[-2], device=key.device)
+        allowed = place[:, None] >= place
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     return logits.softmax(-1) @ value
@@ -82,7 +94,15 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(ratio * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        x = self.up(x)
+        if fused.applies_to(x):
+            return fused.gelu_linear(x, self.down.weight, self.down.bias)
+        return self.down(F.gelu(x))
+
+
+def modulation_vectors(config: NetworkConfig) -> int:
+    """Vectors AdaLN gives a block: shift, scale and gate of spatial attention, of the MLP, and if asked for of time."""
+    return 9 if config.temporal_modulation else 6
 
 
 class Block(nn.Module):
@@ -90,39 +110,64 @@ class Block(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        size, heads = config.hidden_size, config.num_heads
-        self.spatial = Attention(size, heads)
-        self.temporal = Attention(size, heads) if config.temporal_attention else None
-        self.cross = Attention(size, heads)
+        self.config = config
+        size, heads, qk_norm = config.hidden_size, config.num_heads, config.qk_norm
+        causal = config.causal_temporal_attention
+        vectors = modulation_vectors(config)
+        self.modulation = None if config.shared_modulation else nn.Linear(size, vectors * size)
+        self.spatial = Attention(size, heads, qk_norm=qk_norm)
+        self.temporal = Attention(size, heads, qk_norm=qk_norm, causal=causal) if config.temporal_attention else None
+        self.cross = Attention(size, heads, qk_norm=qk_norm)
         self.feed_forward = FeedForward(size, config.mlp_ratio)
 
     def forward(
         self,
         x: Tensor,
-        modulation: tuple[Tensor, ...],
+        modulation: Tensor,
         text: Tensor,
         text_mask: Tensor,
-        spatial_angles: Tensor,
-        temporal_angles: Tensor,
+        spatial_angles: Tensor | None,
+        temporal_angles: Tensor | None,
     ) -> Tensor:
-        """x [B, T, S, D]; six modulation vectors [B, D]; text [B, L, D]; angles as `Attention`."""
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+        """x [B, T, S, D]; modulation [B, 6D or 9D], or [B, D] for the block's own AdaLN; text [B, L, D]; angles as
+        `Attention`."""
+        if self.modulation is not None:
+            modulation = self.modulation(modulation)
+        vectors = modulation.chunk(modulation_vectors(self.config), dim=-1)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors[:6]
         frames, tokens = x.shape[1], x.shape[2]
 
         h = rearrange(modulate(norm(x), shift_attention, scale_attention), "b t s d -> (b t) s d")
-        h = norm(self.spatial(h, angles=spatial_angles))
-        x = x + gate_attention[:, None, None] * rearrange(h, "(b t) s d -> b t s d", t=frames)
+        h = self._post_norm(self.spatial(h, angles=spatial_angles))
+        x = torch.addcmul(x, rearrange(h, "(b t) s d -> b t s d", t=frames), gate_attention[:, None, None])
 
         if self.temporal is not None:
-            h = rearrange(norm(x), "b t s d -> (b s) t d")
-            h = norm(self.temporal(h, angles=temporal_angles))
-            x = x + rearrange(h, "(b s) t d -> b t s d", s=tokens)
+            h = norm(x.transpose(1, 2))  # moved before the norm, which copies anyway
+            if self.config.temporal_modulation:
+                h = modulate(h, shift=vectors[6], scale=vectors[7])
+            h = self._post_norm(self.temporal(rearrange(h, "b s t d -> (b s) t d"), angles=temporal_angles))
+            h = rearrange(h, "(b s) t d -> b t s d", s=tokens)
+            x = x + (vectors[8][:, None, None] * h if self.config.temporal_modulation else h)
 
         h = self.cross(rearrange(x, "b t s d -> b (t s) d"), text, mask=text_mask)
         x = x + rearrange(h, "b (t s) d -> b t s d", t=frames)
 
-        h = norm(self.feed_forward(modulate(norm(x), shift_mlp, scale_mlp)))
-        return x + gate_mlp[:, None, None] * h
+        h = self._post_norm(self.feed_forward(modulate(norm(x), shift_mlp, scale_mlp)))
+        return torch.addcmul(x, h, gate_mlp[:, None, None])
+
+    def _post_norm(self, h: Tensor) -> Tensor:
+        return norm(h) if self.config.sandwich_norm else h
+
+    def closed(self) -> list[nn.Linear]:
+        """What must start at zero for a branch to start closed.
+
+        AdaLN's gates close spatial attention and the MLP. Cross-attention has neither gate nor norm and starts with a
+        zero output; so does temporal attention where nothing follows it. With a post-norm it starts open: the norm
+        would blow up the first step away from zero. Behind a zero gate no gradient would ever move a zero output.
+        """
+        own = [] if self.modulation is None else [self.modulation]
+        bare = not (self.config.sandwich_norm or self.config.temporal_modulation)
+        return [*own, self.cross.output, *([self.temporal.output] if self.temporal is not None and bare else [])]
 
 
 class ScalarEmbedder(nn.Module):

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.network import rope
-from model.network.layers import Block, FinalLayer, ScalarEmbedder, TextProjection, norm
-from model.recipe import NetworkConfig
+from model.config import NetworkConfig
+from model.network.image import ImageTokens
+from model.network.layers import Block, FinalLayer, ScalarEmbedder, TextProjection, modulation_vectors, norm
+from model.network.masking import Kept
+from model.network.positions import LearnedPositions, sinusoids, spatial_angles, temporal_angles
 
 MICRO_GROUPS = [2, 2, 1, 1]
 """Scalars a group of micro-conditions: original size, crop corner, frame stride, number of frames."""
@@ -38,17 +40,20 @@ class STIV(nn.Module):
         patch_values = config.temporal_patch_size * config.patch_size**2 * latent_channels
 
         self.patch_embedding = nn.Linear(patch_values, size)
+        self.learned_positions = LearnedPositions(config.learned_grid, size) if config.learned_grid else None
         self.text_projection = TextProjection(text_size, size)
+        self.image_tokens = ImageTokens(config, latent_channels) if config.image_cross_attention != "off" else None
         self.timestep_embedding = ScalarEmbedder(1, size, scale=1000.0)
         self.pooled_projection = nn.Linear(pooled_size, size)
-        self.micro_embeddings = nn.ModuleList([ScalarEmbedder(count, size) for count in MICRO_GROUPS])
-        self.modulation = nn.Linear(size, 6 * size)
+        groups = MICRO_GROUPS if config.micro_conditions else []
+        self.micro_embeddings = nn.ModuleList([ScalarEmbedder(count, size) for count in groups])
+        self.modulation = nn.Linear(size, modulation_vectors(config) * size) if config.shared_modulation else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.mask_token = nn.Parameter(torch.zeros(size))
         self.final = FinalLayer(size, patch_values)
         self._initialize()
 
-    def forward(
+    def forward(  # noqa: PLR0913 a network's inputs, which export and engines name one by one
         self,
         latents: Tensor,
         timestep: Tensor,
@@ -57,6 +62,9 @@ class STIV(nn.Module):
         pooled: Tensor,
         micro: Tensor,
         keep: Tensor | None = None,
+        keep_frames: Tensor | None = None,
+        image: Tensor | None = None,
+        image_given: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, T, C, H, W] of noisy latents [B, T, C, H, W] at flow time `timestep` [B] in [0, 1].
 
@@ -64,41 +72,81 @@ class STIV(nn.Module):
             text: [B, L, text_size]; `text_mask` bool [B, L], True where a token is real (never all False).
             pooled: [B, pooled_size]. micro: [B, 6], see `conditioning.micro_conditions`.
             keep: spatial tokens [B, K] that all but the last `unmasked_depth` blocks see (MaskDiT); None = all.
+            keep_frames: token frames [B, KT], ascending, that those blocks see; None = all.
+            image: clean latents [B, C, H, W] of the first frame, for `image_cross_attention`, and bool [B] where
+                it is given.
         """
         config = self.config
         frames = latents.shape[1] // config.temporal_patch_size
         height, width = latents.shape[3] // config.patch_size, latents.shape[4] // config.patch_size
 
-        x = self.patch_embedding(self._patchify(latents))  # [B, T', S, D]
-        if config.absolute_positions:
-            x = x + self._positions(frames, height, width, x.device)
-        text = self.text_projection(text)  # [B, L, D]
+        x = self._add_positions(self.patch_embedding(self._patchify(latents)), height, width)  # [B, T', S, D]
+        text, text_mask = self._context(text, text_mask, image, image_given)  # [B, L, D], [B, L]
         condition = self._condition(timestep, pooled, micro)  # [B, D]
-        modulation = self.modulation(F.silu(condition)).chunk(6, dim=-1)
-        head_size = config.hidden_size // config.num_heads
-        spatial_angles = self._spatial_angles(height, width, head_size, x.device)  # [1, S, head/2]
-        temporal_angles = self._temporal_angles(frames, head_size, x.device)  # [1, T', head/2]
+        modulation = F.silu(condition)
+        if self.modulation is not None:
+            modulation = self.modulation(modulation)  # [B, 6D or 9D], the same for all blocks
+        angles = self._angles(frames, height, width, x.device)  # spatial [1, S, head/2], temporal [1, T', head/2]
 
-        masked_depth = 0 if keep is None else config.depth - config.unmasked_depth
-        if keep is not None:
-            x_all, x = x, _gather_tokens(x, keep)
-            kept_angles = spatial_angles[0][keep].repeat_interleave(frames, dim=0)  # [B*T', K, head/2]
+        masked_depth = 0
+        if keep is not None or keep_frames is not None:
+            masked_depth = config.depth - config.unmasked_depth
+            kept = Kept(keep, keep_frames)
+            x = kept.gather(x)
+            kept_angles = kept.angles(*angles, frames=x.shape[1], tokens=x.shape[2])
             for block in self.blocks[:masked_depth]:
-                x = block(x, modulation, text, text_mask, kept_angles, temporal_angles)
-            x = _scatter_tokens(x, keep, self.mask_token.expand_as(x_all))
+                x = block(x, modulation, text, text_mask, *kept_angles)
+            x = kept.scatter(x, self.mask_token, frames, height * width)
         for block in self.blocks[masked_depth:]:
-            x = block(x, modulation, text, text_mask, spatial_angles, temporal_angles)
+            x = block(x, modulation, text, text_mask, *angles)
         return self._unpatchify(self.final(x, condition), height, width)
+
+    def _context(
+        self, text: Tensor, text_mask: Tensor, image: Tensor | None, image_given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What cross-attention sees [B, L, D] and where it may look, bool [B, L]: the text, then the image's tokens."""
+        text = self.text_projection(text)
+        if self.image_tokens is None:
+            return text, text_mask
+        if image is None or image_given is None:
+            raise ValueError(
+                f"network.image_cross_attention '{self.config.image_cross_attention}' needs image and image_given;"
+                " rows without an image take zeros and image_given False"
+            )
+        tokens = self.image_tokens(image)
+        given = image_given[:, None].expand(-1, tokens.shape[1])
+        return torch.cat([text, tokens], dim=1), torch.cat([text_mask, given], dim=1)
 
     def _condition(self, timestep: Tensor, pooled: Tensor, micro: Tensor) -> Tensor:
         """The singleton condition [B, D]: every embedding normed on its own, then summed (paper 2.1)."""
         parts = [self.timestep_embedding(timestep[:, None]), self.pooled_projection(pooled)]
-        groups = torch.split(micro, MICRO_GROUPS, dim=1)
-        parts += [embed(values) for embed, values in zip(self.micro_embeddings, groups, strict=True)]
-        condition = norm(parts[0])
-        for part in parts[1:]:
-            condition = condition + norm(part)
-        return condition
+        if self.config.micro_conditions:
+            groups = torch.split(micro, MICRO_GROUPS, dim=1)
+            parts += [embed(values) for embed, values in zip(self.micro_embeddings, groups, strict=True)]
+        if self.config.condition_norm:
+            parts = [norm(part) for part in parts]
+        return sum(parts[1:], start=parts[0])
+
+    def _add_positions(self, x: Tensor, height: int, width: int) -> Tensor:
+        """x [B, T', S, D] with absolute positions, if the network has any."""
+        if self.learned_positions is not None:
+            return x + self.learned_positions(x.shape[1], height, width)
+        if self.config.positions == "rope_sinusoid":
+            return x + sinusoids(self.config, x.shape[1], height, width, x.device)
+        return x
+
+    def _angles(
+        self, frames: int, height: int, width: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """RoPE's angles, spatial [1, S, head/2] and temporal [1, T', head/2]; None without RoPE."""
+        config = self.config
+        if config.positions == "learned":
+            return None, None
+        size = config.hidden_size // config.num_heads
+        return (
+            spatial_angles(config, height, width, size, device),
+            temporal_angles(config, frames, size, device),
+        )
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """Cubify: [B, T, C, H, W] -> [B, T', S, values of a patch]."""
@@ -111,25 +159,6 @@ class STIV(nn.Module):
             x, "b t (h w) (pt ph pw c) -> b (t pt) c (h ph) (w pw)", h=height, w=width, pt=time, ph=side, pw=side
         )
 
-    def _spatial_angles(self, height: int, width: int, size: int, device: torch.device) -> Tensor:
-        """[1, S, size / 2] for `size` channels."""
-        scale, theta = self.config.rope_spatial_scale, self.config.rope_theta
-        rows = (torch.arange(height, device=device) * scale)[:, None].expand(height, width)
-        columns = (torch.arange(width, device=device) * scale)[None, :].expand(height, width)
-        return rope.angles_2d(rows, columns, size, theta).reshape(1, height * width, -1)
-
-    def _temporal_angles(self, frames: int, size: int, device: torch.device) -> Tensor:
-        """[1, T', size / 2] for `size` channels."""
-        positions = torch.arange(frames, device=device) * self.config.rope_temporal_scale
-        return rope.angles_1d(positions, size, self.config.rope_theta)[None]
-
-    def _positions(self, frames: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Absolute positions [1, T', S, D]: where and when each token stands."""
-        size = self.config.hidden_size
-        spatial = rope.sinusoid(self._spatial_angles(height, width, size, device))
-        temporal = rope.sinusoid(self._temporal_angles(frames, size, device))
-        return spatial[:, None] + temporal[:, :, None]
-
     def _initialize(self) -> None:
         """Xavier for every linear; zeros where a branch must start closed: AdaLN, cross-attention output, head."""
         for module in self.modules():
@@ -137,20 +166,11 @@ class STIV(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.mask_token, std=0.02)
-        closed = [self.modulation, self.final.modulation, self.final.head]
-        closed += [cast(Block, block).cross.output for block in self.blocks]
+        if self.learned_positions is not None:
+            self.learned_positions.initialize()
+        closed = [self.final.modulation, self.final.head]
+        closed += [] if self.modulation is None else [self.modulation]
+        closed += [linear for block in self.blocks for linear in cast(Block, block).closed()]
         for linear in closed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-
-
-def _gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
-    """x [B, T, S, D], keep [B, K] -> [B, T, K, D]; the same tokens in every frame (a tube)."""
-    index = keep[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index)
-
-
-def _scatter_tokens(kept: Tensor, keep: Tensor, fill: Tensor) -> Tensor:
-    """Put kept tokens [B, T, K, D] back to their places among `fill` [B, T, S, D]."""
-    index = keep[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3])
-    return fill.scatter(2, index, kept)

@@ -11,8 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from model.config import VideoConfig
 from model.data.shards import ShardSet
-from model.recipe import VideoConfig
 from model.text import TextEmbedding
 
 ENCODED_AT_ONCE = 64

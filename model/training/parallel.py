@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from model.recipe import TrainingConfig
+from model.config import TrainingConfig
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # pyright: ignore[reportMissingTypeStubs]

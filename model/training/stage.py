@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from model.conditioning import Conditions, replace_frames
 from model.data.loader import ClipBatch, ClipLoader
 from model.ema import Ema
-from model.flow_matching import interpolate, loss_weight, masked_loss, velocity_target
-from model.optim import AdaFactor
+from model.flow_matching import loss_weight, masked_loss, path
+from model.optim import StageOptimizer
 from model.recipe import StageRecipe
 from model.training import checkpoint
 from model.training.captions import CaptionTable
-from model.training.draws import draw
+from model.training.draws import Draws, draw
 from model.training.parallel import ParallelEngine
 from model.training.run import RunFolders
 from model.vae import FrameCodec
@@ -38,7 +38,7 @@ class StageTraining:
     recipe: StageRecipe
     folders: RunFolders
     engine: ParallelEngine
-    optimizer: AdaFactor
+    optimizer: StageOptimizer
     ema: Ema
     loader: ClipLoader
     codec: FrameCodec
@@ -66,15 +66,16 @@ class StageTraining:
         return loss, grad_norm, stopping > 0
 
     def _loss(self, batch: ClipBatch, micro_batch: int) -> Tensor:
-        recipe, training, device = self.recipe, self.recipe.training, self.engine.place.device
+        recipe, device = self.recipe, self.engine.place.device
         latents = self.codec.encode(batch.frames.to(device))
-        ratio = training.mask_ratio if self.step < training.steps else 0.0
-        drawn = draw(recipe, self._numbers(micro_batch), latents.shape[1:], mask_ratio=ratio).to(device)
-
+        drawn = self._draw(micro_batch, latents)
         text = self.captions.rows(batch.captions, drawn.text_dropped)
         conditions = Conditions.of(text, batch.micro.to(device))
-        noisy = replace_frames(interpolate(latents, drawn.noise, drawn.timestep), latents, drawn.frame_mask)
-        velocity = self.engine(
+        if recipe.network.image_cross_attention != "off":
+            conditions = conditions.with_image(latents[:, 0], drawn.frame_mask[:, 0])
+        noisy, target = path(recipe.flow, latents, drawn.noise, drawn.timestep)
+        noisy = replace_frames(noisy, latents, drawn.frame_mask & recipe.conditioning.frame_replacement)
+        prediction = self.engine(
             noisy,
             drawn.timestep,
             conditions.text,
@@ -82,9 +83,32 @@ class StageTraining:
             conditions.pooled,
             conditions.micro,
             keep=drawn.keep,
+            keep_frames=drawn.keep_frames,
+            image=conditions.image,
+            image_given=conditions.image_given,
         )
-        weight = loss_weight(drawn.frame_mask, latents, keep=drawn.keep, patch_size=recipe.network.patch_size)
-        return masked_loss(velocity, velocity_target(latents, drawn.noise), weight)
+        left_out = drawn.frame_mask & (not recipe.conditioning.first_frame_loss)
+        weight = loss_weight(
+            left_out,
+            latents,
+            keep=drawn.keep,
+            patch_size=recipe.network.patch_size,
+            keep_frames=drawn.keep_frames,
+            temporal_patch_size=recipe.network.temporal_patch_size,
+        )
+        return masked_loss(prediction, target, weight)
+
+    def _draw(self, micro_batch: int, latents: Tensor) -> Draws:
+        """What is random about this rank's clips; nothing is masked in the last phase."""
+        training = self.recipe.training
+        masked = self.step < training.steps
+        return draw(
+            self.recipe,
+            self._numbers(micro_batch),
+            latents.shape[1:],
+            mask_ratio=training.mask_ratio if masked else 0.0,
+            temporal_mask_ratio=training.temporal_mask_ratio if masked else 0.0,
+        ).to(latents.device)
 
     def _numbers(self, micro_batch: int) -> range:
         """Places of this rank's clips in the global order of the run."""
