@@ -5,7 +5,16 @@ It owns the form; it does not know what is counted.
 
 import math
 
-TASKS = {"t2i": "text to image", "t2v": "text to video", "ti2v": "text and image to video"}
+TASKS = {
+    "t2i": "text to image",
+    "t2v": "text to video",
+    "ti2v": "text and image to video",
+    "prediction": "video prediction",
+    "interpolation": "frame interpolation",
+    "upsampling": "temporal upsampling",
+    "multiview": "views of an object",
+    "keyframes": "keyframes of a long video",
+}
 
 _NO_FIGURE = "\N{EN DASH}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -15,13 +15,16 @@ from export.onnx import export_onnx
 from export.parity import BOUND, ParityReport, check_parity
 from infra.refs import CANDIDATE
 from infra.registry import Manifest, Registry, evaluate_gate
-from model.recipe import GateRule, dumps, loads_stage
+from model.config import GateRule
+from model.recipe import StageRecipe, dumps, loads_stage
 from model.training.evaluate import load_network
 from model.vae import load_codec
 from monitoring import metrics as measured
 
 logger = logging.getLogger(__name__)
 
+SERVED_TASKS = frozenset({"t2i", "t2v", "ti2v"})
+"""What a request can ask for: text, or text and a first frame."""
 PARITY_GATE = (GateRule(metric="parity_max_abs_error", op="<=", bound=BOUND),)
 
 
@@ -47,6 +50,7 @@ def export_engine(registry: Registry, ref: str, work: Path, *, who: str) -> Expo
     codec_manifest = registry.resolve(checkpoint.parents["codec"])
     codec_folder = registry.fetch(codec_manifest, work / "inputs" / codec_manifest.digest[:16])
     recipe = loads_stage((trained / "recipe.json").read_bytes())
+    require_served(recipe)
     network = load_network(recipe, trained)
 
     bundle_folder = work / "engine"
@@ -70,3 +74,12 @@ def export_engine(registry: Registry, ref: str, work: Path, *, who: str) -> Expo
     registry.promote(CANDIDATE, manifest.digest, gate, who=who, why=f"exported from {ref}")
     logger.info("promoted %s to %s", manifest.digest, CANDIDATE)
     return ExportedEngine(manifest, parity, exported.seconds)
+
+
+def require_served(recipe: StageRecipe) -> None:
+    """Refuse a checkpoint that was trained for nothing that a server is asked for."""
+    if SERVED_TASKS.isdisjoint(recipe.tasks):
+        raise ValueError(
+            f"stage '{recipe.name}' was trained for {sorted(recipe.tasks)}, a server draws {sorted(SERVED_TASKS)};"
+            " use `stiv generate`, or train on a conditioning.mix with one of these"
+        )

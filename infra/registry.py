@@ -41,7 +41,7 @@ from infra.artifacts import (
     check_digest,
     check_key,
 )
-from model.recipe import GateRule
+from model.config import GateRule
 
 Kind = Literal["checkpoint", "engine", "codec", "dataset"]
 Digest = Annotated[str, AfterValidator(check_digest)]

@@ -8,12 +8,14 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from model.config import DataConfig, Task, VideoConfig
 from model.data.clips import shape_samples
 from model.data.loader import ClipBatch, ClipLoader
 from model.data.moving_shapes import generate
 from model.data.shards import Sample, ShardSet, ShardWriter
-from model.recipe import DataConfig, VideoConfig
+from model.tasks import draw_task
 
 
 def gradient(key: str, *, frames: int = 20, height: int = 40, width: int = 64, source: str = "film") -> Sample:
@@ -225,6 +227,67 @@ def test_an_unknown_source_is_refused_with_the_known_ones(shards: ShardSet) -> N
 def test_a_state_of_another_kind_is_refused(shards: ShardSet, state: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="loader state"):
         loader(shards).load_state_dict(state)
+
+
+def mixed(shards: ShardSet, mix: dict[Task, float], **fields: int) -> ClipLoader:
+    """Of the films, whose blue is the number of the frame."""
+    return ClipLoader(
+        shards,
+        video=VideoConfig(num_frames=4, height=40, width=64, frame_stride=2, keyframe_stride=5),
+        data=DataConfig(weights={"film": 1.0}),
+        micro_batch_size=50,
+        rank=0,
+        world_size=1,
+        seed=3,
+        task="t2v",
+        mix=mix,
+        **fields,
+    )
+
+
+def frame_numbers(batch: ClipBatch) -> Tensor:
+    """Place [B, T] of every frame in its film."""
+    return ((batch.frames[:, :, 2, 0, 0] + 1) * 127.5).round().int()
+
+
+def test_a_mix_cuts_every_clip_by_its_own_task_and_tells_its_stride(shards: ShardSet) -> None:
+    mix: dict[Task, float] = {"keyframes": 1.0, "interpolation": 3.0}
+    batch = take(mixed(shards, mix), 4)
+    at = frame_numbers(batch)
+    drawn = [draw_task(mix, 3, number) for number in range(200)]
+    for row, task in enumerate(drawn):
+        stride = 5 if task == "keyframes" else 2
+        assert set((at[row, 1:] - at[row, :-1]).tolist()) == {stride}
+        assert batch.micro[row, 4:].tolist() == [stride, 4]
+    assert 0.15 < drawn.count("keyframes") / 200 < 0.35
+    assert set(at[:, 0].tolist()) >= {0, 1, 4}, "a clip begins anywhere"
+
+
+def test_a_mix_of_one_task_is_that_task(shards: ShardSet) -> None:
+    assert_equal(take(mixed(shards, {}), 3), take(mixed(shards, {"t2v": 0.5}), 3))
+
+
+def test_views_begin_at_the_input_view_which_fills_the_first_token(shards: ShardSet) -> None:
+    for patch, wanted in ((1, [0, 1, 2, 3]), (2, [0, 0, 1, 2])):
+        batch = take(mixed(shards, {"multiview": 1.0}, temporal_patch_size=patch), 1)
+        assert frame_numbers(batch).unique(dim=0).tolist() == [wanted]
+        assert batch.micro[:, 4:].unique(dim=0).tolist() == [[1, 4]]
+
+
+def test_a_mix_wants_clips_that_are_long_enough_for_its_longest_task(shards: ShardSet) -> None:
+    video = VideoConfig(num_frames=4, height=40, width=64, keyframe_stride=7)
+    with pytest.raises(ValueError, match="num_frames 4 at keyframe_stride 7 needs 22 frames, the longest of 7"):
+        ClipLoader(
+            shards,
+            video=video,
+            data=DataConfig(weights={"film": 1.0}),
+            micro_batch_size=1,
+            rank=0,
+            world_size=1,
+            seed=0,
+            task="t2v",
+            mix={"t2v": 1.0, "keyframes": 1.0},
+        )
 
 
 def test_ranks_seeds_and_tasks_out_of_range_are_refused(shards: ShardSet) -> None:

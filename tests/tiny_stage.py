@@ -39,7 +39,7 @@ def stage(task: str = "t2v", **training: Any) -> StageRecipe:
         {
             "name": task,
             "task": task,
-            "parent": {"t2i": None, "t2v": None, "ti2v": "t2v"}[task],
+            "parent": "t2v" if task == "ti2v" else None,
             "network": {
                 "hidden_size": 32,
                 "depth": 3,

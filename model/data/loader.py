@@ -6,7 +6,7 @@ number of ranks, and a position is all there is to resume.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from typing import cast
@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model.config import DataConfig, Task, VideoConfig
 from model.data.shards import Sample, ShardSet
-from model.recipe import DataConfig, Task, VideoConfig
+from model.tasks import draw_task, frame_stride, source_frames
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,10 @@ class ClipLoader:
     world_size: int
     seed: int
     task: Task
+    mix: Mapping[Task, float] = field(default_factory=dict[Task, float])
+    """Tasks that clips are cut for, by weight; empty is `task` alone."""
+    temporal_patch_size: int = 1
+    """Frames a token covers; the input view of `multiview` fills one."""
     _position: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +76,11 @@ class ClipLoader:
             raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks (0 to {self.world_size - 1})")
         if self.task == "t2i" and self.video.num_frames != 1:
             raise ValueError(f"task 't2i' draws single frames: num_frames must be 1, not {self.video.num_frames}")
-        self._pools = _usable(self.shards, self.video, self.data)
+        self._tasks = dict(self.mix) or {self.task: 1.0}
+        self._frames: dict[Task, tuple[int, ...]] = {
+            task: source_frames(self.video, task, self.temporal_patch_size) for task in self._tasks
+        }
+        self._pools = _usable(self.shards, self.video, self.data, self._frames)
         weights = np.array([self.data.weights[source] for source in self._pools], dtype=np.float64)
         self._shares = weights / weights.sum()
         self._epoch_size = sum(len(pool) for pool in self._pools.values())
@@ -104,18 +113,19 @@ class ClipLoader:
         keys: list[str] = []
         for row, number in enumerate(numbers):
             sample = self._sample(number)
+            task = draw_task(self._tasks, self.seed, number)
             rng = np.random.Generator(np.random.PCG64([self.seed, _CUT, number]))
-            cut = _cut(sample, self.video, rng)
+            cut = _cut(sample, self.video, self._frames[task], rng, from_start=task == "multiview")
             pixels[row] = cut.frames
             micro[row] = (
                 sample.original_height,
                 sample.original_width,
                 cut.top,
                 cut.left,
-                self.video.frame_stride,
+                frame_stride(self.video, task),
                 self.video.num_frames,
             )
-            captions.append(_caption(sample, self.video))
+            captions.append(caption_of(sample, self.video))
             keys.append(sample.key)
         frames = torch.as_tensor(pixels).permute(0, 1, 4, 2, 3).contiguous().to(torch.float32).div_(127.5).sub_(1.0)
         return ClipBatch(frames, captions, torch.as_tensor(micro), keys)
@@ -136,9 +146,13 @@ class ClipLoader:
         return rng.permutation(np.concatenate(drawn))
 
 
-def _usable(shards: ShardSet, video: VideoConfig, data: DataConfig) -> dict[str, npt.NDArray[np.int64]]:
-    """Positions of the samples that are long enough, by source, of the sources that are wanted."""
-    needed = (video.num_frames - 1) * video.frame_stride + 1
+def _usable(
+    shards: ShardSet, video: VideoConfig, data: DataConfig, frames: Mapping[Task, tuple[int, ...]]
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Positions of the samples that are long enough for every task, by source, of the sources that are wanted."""
+    longest = max(frames, key=lambda task: frames[task][-1])
+    needed = frames[longest][-1] + 1
+    stride = f"{'keyframe' if longest == 'keyframes' else 'frame'}_stride {frame_stride(video, longest)}"
     pools: dict[str, npt.NDArray[np.int64]] = {}
     for source in sorted(data.weights):
         if source not in shards.sources:
@@ -149,7 +163,7 @@ def _usable(shards: ShardSet, video: VideoConfig, data: DataConfig) -> dict[str,
         if excluded == len(lengths):
             raise ValueError(
                 f"no clip of source '{source}' in {shards.folder} is long enough: num_frames {video.num_frames} at"
-                f" frame_stride {video.frame_stride} needs {needed} frames, the longest of {len(lengths)} clips has"
+                f" {stride} needs {needed} frames, the longest of {len(lengths)} clips has"
                 f" {max(lengths.values())}; lower one of them or take the source out of data.weights"
             )
         if excluded:
@@ -157,33 +171,50 @@ def _usable(shards: ShardSet, video: VideoConfig, data: DataConfig) -> dict[str,
     return pools
 
 
-def _caption(sample: Sample, video: VideoConfig) -> str:
+def caption_of(sample: Sample, video: VideoConfig) -> str:
+    """The caption of the clip, or of any single frame of it where the stage trains on images."""
     still = sample.extra.get("image_caption") if video.num_frames == 1 else None
     return still if isinstance(still, str) else sample.caption
 
 
-def _cut(sample: Sample, video: VideoConfig, rng: np.random.Generator) -> _Cut:
-    """A random window in time, and in space the largest one of the wanted aspect, at a random place.
+def middle_cut(sample: Sample, video: VideoConfig, places: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Frames [T, H, W, 3] at `places`, the largest middle part of the wanted aspect: without chance, to measure on."""
+    height, width, scale = _window(sample, video)
+    top, left = (sample.frames.shape[1] - height) // 2, (sample.frames.shape[2] - width) // 2
+    return _fitted(sample.frames[list(places), top : top + height, left : left + width], video, scale)
+
+
+def _cut(
+    sample: Sample, video: VideoConfig, places: tuple[int, ...], rng: np.random.Generator, *, from_start: bool
+) -> _Cut:
+    """Frames at `places` of a random window in time, or of the first one; in space the largest of the wanted aspect.
 
     No flip: captions name directions.
     """
     length, stored_height, stored_width = cast(tuple[int, int, int], sample.frames.shape[:3])
-    span = (video.num_frames - 1) * video.frame_stride + 1
-    start = int(rng.integers(length - span + 1))
-    frames = sample.frames[start : start + span : video.frame_stride]
-    scale = max(video.height / stored_height, video.width / stored_width)
-    height = min(stored_height, round(video.height / scale))
-    width = min(stored_width, round(video.width / scale))
+    start = 0 if from_start else int(rng.integers(length - places[-1]))
+    frames = sample.frames[[start + place for place in places]]
+    height, width, scale = _window(sample, video)
     top = int(rng.integers(stored_height - height + 1))
     left = int(rng.integers(stored_width - width + 1))
-    frames = frames[:, top : top + height, left : left + width]
-    if (height, width) != (video.height, video.width):
-        frames = _resized(frames, video, shrink=scale < 1)
     return _Cut(
-        frames=frames,
+        frames=_fitted(frames[:, top : top + height, left : left + width], video, scale),
         top=top * sample.original_height / stored_height,
         left=left * sample.original_width / stored_width,
     )
+
+
+def _window(sample: Sample, video: VideoConfig) -> tuple[int, int, float]:
+    """Height and width of the largest part of the wanted aspect, and the scale that makes it the wanted size."""
+    stored_height, stored_width = cast(tuple[int, int], sample.frames.shape[1:3])
+    scale = max(video.height / stored_height, video.width / stored_width)
+    return min(stored_height, round(video.height / scale)), min(stored_width, round(video.width / scale)), scale
+
+
+def _fitted(frames: npt.NDArray[np.uint8], video: VideoConfig, scale: float) -> npt.NDArray[np.uint8]:
+    if frames.shape[1:3] == (video.height, video.width):
+        return frames
+    return _resized(frames, video, shrink=scale < 1)
 
 
 def _resized(frames: npt.NDArray[np.uint8], video: VideoConfig, *, shrink: bool) -> npt.NDArray[np.uint8]:

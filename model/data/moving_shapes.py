@@ -73,7 +73,9 @@ def draw(spec: ShapeSpec, *, num_frames: int, size: int, rng: np.random.Generato
     sign = np.array(DIRECTIONS[spec.direction], dtype=np.float64)
     centre = rng.uniform(low, high, size=2)
     axis = int(np.flatnonzero(sign)[0])
-    centre[axis] = rng.uniform(low, high - travel) if sign[axis] > 0 else rng.uniform(low + travel, high)
+    # Where a shape has just enough room, rounding must not turn the range around.
+    begin = (low, max(low, high - travel)) if sign[axis] > 0 else (min(low + travel, high), high)
+    centre[axis] = rng.uniform(*begin)
     steps = np.linspace(0.0, 1.0, num_frames) if num_frames > 1 else np.zeros(1)
     color = np.array(COLORS[spec.color], dtype=np.float64)
     frames = np.empty((num_frames, size, size, 3), dtype=np.uint8)
