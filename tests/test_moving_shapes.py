@@ -1,10 +1,12 @@
 """Moving shapes and their checker: what is drawn is what is seen."""
 
+import math
+
 import numpy as np
 import pytest
 
-from model.data.checker import Observation, accuracy, first_frame_psnr, observe
-from model.data.moving_shapes import ALL_SPECS, ShapeSpec, draw, generate
+from model.data.checker import Observation, accuracy, first_frame_psnr, observe, speed_error
+from model.data.moving_shapes import ALL_SPECS, TRAVEL, ShapeSpec, draw, generate
 
 
 @pytest.mark.parametrize("size", [24, 32, 48])
@@ -31,11 +33,39 @@ def test_noise_blank_frames_and_stillness_count_as_wrong() -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, size=(8, 32, 32, 3), dtype=np.uint8)
     assert observe(noise).shape is None
-    assert observe(np.full((8, 32, 32, 3), 20, dtype=np.uint8)) == Observation(None, None, None)
+    assert observe(np.full((8, 32, 32, 3), 20, dtype=np.uint8)) == Observation(None, None, None, None)
     spec = ShapeSpec("red", "circle", "up")
     still = draw(spec, num_frames=1, size=32, rng=rng).frames.repeat(8, axis=0)
-    assert observe(still) == Observation("red", "circle", None)
+    assert observe(still) == Observation("red", "circle", None, None)
     assert accuracy([observe(still)], [spec]).joint == 0.0
+
+
+@pytest.mark.parametrize("num_frames", [4, 8, 20])
+def test_the_speed_that_is_read_is_the_speed_that_was_drawn(num_frames: int) -> None:
+    clips = list(generate(len(ALL_SPECS), num_frames=num_frames, size=32, seed=2))
+    seen = [observe(clip.frames) for clip in clips]
+    assert [each.travel for each in seen] == pytest.approx([TRAVEL] * len(clips), abs=0.02)
+    assert speed_error(seen, [TRAVEL] * len(clips)) < 0.02
+    slow = [observe(clip.frames[: num_frames // 2 + 1]) for clip in clips]
+    assert speed_error(slow, [TRAVEL] * len(clips)) == pytest.approx(1 - (num_frames // 2) / (num_frames - 1), abs=0.05)
+
+
+def test_a_still_clip_has_all_of_the_speed_wrong_and_an_unknown_speed_counts_for_nothing() -> None:
+    rng = np.random.default_rng(0)
+    spec = ShapeSpec("blue", "square", "left")
+    moving = observe(draw(spec, num_frames=8, size=32, rng=rng).frames)
+    still = observe(draw(spec, num_frames=1, size=32, rng=rng).frames.repeat(8, axis=0))
+    assert speed_error([still], [TRAVEL]) == 1.0
+    assert speed_error([moving, still], [moving.travel, TRAVEL]) == 0.5
+    assert speed_error([moving, still], [moving.travel, None]) == 0.0
+    assert math.isnan(speed_error([moving], [None]))
+
+
+def test_the_speed_does_not_depend_on_how_many_frames_show_the_shape() -> None:
+    clip = draw(ShapeSpec("red", "square", "right"), num_frames=8, size=32, rng=np.random.default_rng(4)).frames
+    hidden = clip.copy()
+    hidden[6:] = 20
+    assert observe(hidden).travel == pytest.approx(observe(clip).travel, abs=0.02)
 
 
 def test_first_frame_psnr_falls_with_the_error() -> None:

@@ -36,8 +36,11 @@ class Observation:
     color: str | None
     shape: str | None
     direction: str | None
+    travel: float | None
+    """Share of the side that the centre crosses along the direction from first to last frame: the speed."""
 
     def matches(self, spec: ShapeSpec) -> bool:
+        """Whether the clip shows what the caption says; a caption says nothing of speed."""
         return (self.color, self.shape, self.direction) == (spec.color, spec.shape, spec.direction)
 
 
@@ -60,7 +63,7 @@ def observe(frames: npt.NDArray[np.uint8]) -> Observation:
     usable = (counts >= MIN_PIXELS) & (counts <= MAX_SHARE * seen[0].size)
     visible = [index for index in range(len(frames)) if usable[index]]
     if len(visible) == 0:
-        return Observation(None, None, None)
+        return Observation(None, None, None, None)
     color = _color(foreground[visible][seen[visible]])
     shapes: list[str | None] = []
     centres: list[npt.NDArray[np.float64]] = []
@@ -72,7 +75,8 @@ def observe(frames: npt.NDArray[np.uint8]) -> Observation:
         shapes.append(_shape(cover, centre))
     shape = Counter(shapes).most_common(1)[0][0]
     moved = centres[-1] - centres[0] if len(visible) > frames.shape[0] // 2 else np.zeros(2)
-    return Observation(color, shape, _direction(moved, side=frames.shape[1]))
+    direction = _direction(moved, side=frames.shape[1])
+    return Observation(color, shape, direction, _travel(moved, direction, visible, frames.shape))
 
 
 def accuracy(observations: Sequence[Observation], specs: Sequence[ShapeSpec]) -> Accuracy:
@@ -90,6 +94,15 @@ def accuracy(observations: Sequence[Observation], specs: Sequence[ShapeSpec]) ->
         direction=share([seen.direction == spec.direction for seen, spec in pairs]),
         joint=share([seen.matches(spec) for seen, spec in pairs]),
     )
+
+
+def speed_error(observations: Sequence[Observation], travels: Sequence[float | None]) -> float:
+    """Mean error of the speed relative to the wanted ones, as `Observation.travel` states them; no motion is 1.
+
+    Clips whose wanted travel is None (none can be told) do not count; NaN if none counts.
+    """
+    pairs = [(seen.travel or 0.0, wanted) for seen, wanted in zip(observations, travels, strict=True) if wanted]
+    return sum(abs(travel - wanted) / wanted for travel, wanted in pairs) / len(pairs) if pairs else math.nan
 
 
 def first_frame_psnr(frames: npt.NDArray[np.uint8], image: npt.NDArray[np.uint8]) -> float:
@@ -122,6 +135,16 @@ def _shape(cover: npt.NDArray[np.float64], centre: npt.NDArray[np.float64]) -> s
         overlap[shape] = float(np.minimum(cover, ideal).sum() / np.maximum(cover, ideal).sum())
     best = max(overlap, key=lambda shape: overlap[shape])
     return best if overlap[best] > MIN_IOU else None
+
+
+def _travel(
+    moved: npt.NDArray[np.float64], direction: str | None, visible: list[int], shape: tuple[int, ...]
+) -> float | None:
+    """Way along `direction`, as if the shape had been seen from the first frame to the last."""
+    if direction is None:
+        return None
+    along = float(moved @ np.array(DIRECTIONS[direction])) / shape[1]
+    return along * (shape[0] - 1) / (visible[-1] - visible[0])
 
 
 def _direction(moved: npt.NDArray[np.float64], *, side: int) -> str | None:

@@ -1,29 +1,37 @@
-"""Evaluation of a trained stage: held-out flow loss, a sample grid, and the checker's accuracy on moving shapes.
+"""Evaluation of a trained stage: held-out flow loss, pictures, and what drawn clips measure beside held-out ones.
 
 It owns the measures that a gate reads; it knows nothing of gates, stores or how the weights came to be.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from model.conditioning import Conditions, draw_frame_mask, replace_frames
-from model.data.checker import accuracy, first_frame_psnr, observe
-from model.data.loader import ClipLoader
+from model import tasks
+from model.conditioning import Conditions, replace_frames
+from model.config import Task
+from model.data.checker import accuracy, first_frame_psnr, observe, speed_error
+from model.data.loader import ClipLoader, caption_of, middle_cut
 from model.data.moving_shapes import ShapeSpec
 from model.data.shards import Sample, ShardSet
+from model.diffusion import flow_velocity
 from model.flow_matching import interpolate, loss_weight, masked_loss, velocity_target
 from model.generation import Clip, ClipGenerator, to_frames
+from model.measures import motion
+from model.measures.features import PixelMotionFeatures
+from model.measures.frechet import frechet_distance, inception_score
+from model.measures.networks import OnnxNetwork
+from model.measures.similarity import WINDOW, mean_distance, psnr, ssim
 from model.network.stiv import STIV
 from model.recipe import StageRecipe
 from model.text import load_text_encoder
 from model.training import checkpoint
+from model.training.pictures import animate, sample_grid
 from model.vae import load_codec
 
 TIMES = 8
@@ -31,6 +39,9 @@ TIMES = 8
 SEED = 20241210
 """Fixed: two checkpoints are measured on the same clips, noise and times."""
 SHAPES = "moving_shapes"
+CLIPS_AT_ONCE = 64
+"""Clips drawn as one batch; a further batch has its own seed."""
+ANIMATED = 16
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,28 +54,47 @@ class Evaluation:
     """Task -> animated picture of the first samples."""
 
 
+@dataclass(slots=True, frozen=True)
+class Heldout:
+    """Held-out clips of one shape, as a task takes them."""
+
+    clips: list[Clip]
+    captions: list[str]
+    specs: list[ShapeSpec]
+    """What moving shapes show; empty for clips of any other source."""
+
+
 @torch.no_grad()
-def evaluate(generator: ClipGenerator, heldout: ShardSet, folder: Path) -> Evaluation:
+def evaluate(
+    generator: ClipGenerator,
+    heldout: ShardSet,
+    folder: Path,
+    *,
+    count: int | None = None,
+    networks: Sequence[OnnxNetwork] = (),
+) -> Evaluation:
     """Measure a network on held-out clips and write `samples.png` and animations into `folder`.
 
-    Metrics: `heldout_loss`; on moving shapes `TASK_{color,shape,direction,joint}_accuracy` in [0, 1] and, for
-    image-to-video, `ti2v_first_frame_psnr_db`; `sample_grid_written` is 1.
+    `count` clips are drawn a task, the recipe's `evaluation.sample_prompts` unless said. docs/evaluate.md lists the
+    metrics; what a data set, a task or a clip's length cannot give is absent.
     """
+    recipe = generator.recipe
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = {"heldout_loss": heldout_loss(generator, heldout)}
-    samples = _shape_samples(heldout, generator.recipe.evaluation.sample_prompts)
-    specs = [_spec(sample) for sample in samples]
+    losses = heldout_losses(generator, heldout)
+    metrics = {"heldout_loss": sum(losses) / len(losses)}
+    metrics |= {f"heldout_loss_t{index}": loss for index, loss in enumerate(losses)}
+    samples = _samples(heldout, recipe, count or recipe.evaluation.sample_prompts)
     strips: list[tuple[str, list[Clip]]] = []
     clips: dict[str, Path] = {}
-    for task in _tasks(generator.recipe):
-        drawn, figures = _draw(generator, task, samples, specs)
-        metrics.update(figures)
+    for task in tasks.evaluated(recipe):
+        wanted = _cut(samples, recipe, task)
+        drawn = _drawn(generator, task, wanted)
+        metrics |= {f"{task}_{name}": value for name, value in _figures(recipe, task, drawn, wanted, networks).items()}
         strips.append((task, drawn))
         clips[task] = folder / f"{task}.webp"
-        animate(drawn[:16], clips[task], fps=generator.recipe.video.fps)
+        animate(drawn[:ANIMATED], clips[task], fps=recipe.video.fps)
     grid = folder / "samples.png"
-    captions = [_caption(generator.recipe, spec) for spec in specs]
-    sample_grid(strips, captions, grid)
+    sample_grid(strips, [_caption(recipe, sample) for sample in samples], grid)
     metrics["sample_grid_written"] = float(grid.stat().st_size > 0)
     return Evaluation(metrics, grid, clips)
 
@@ -83,16 +113,33 @@ def load_network(recipe: StageRecipe, trained: Path) -> STIV:
 
 
 def make_generator(recipe: StageRecipe, network: STIV, codec: Path) -> ClipGenerator:
-    """A generator over `network` with the codec in folder `codec` and the recipe's text encoder."""
+    """A generator over `network`, wherever its weights are, with the codec in folder `codec` and the recipe's text."""
+    device = next(network.parameters()).device
 
-    def velocity(latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        return network(latents, t, conditions.text, conditions.text_mask, conditions.pooled, conditions.micro)
+    def predict(latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        given = conditions.to(device)
+        prediction = network(
+            latents.to(device),
+            t.to(device),
+            given.text,
+            given.text_mask,
+            given.pooled,
+            given.micro,
+            image=given.image,
+            image_given=given.image_given,
+        )
+        return cast(Tensor, prediction).to(latents.device)
 
+    velocity = flow_velocity(recipe.flow, predict)
     return ClipGenerator(velocity, load_codec(codec, recipe.vae), load_text_encoder(recipe.text), recipe)
 
 
-def heldout_loss(generator: ClipGenerator, heldout: ShardSet) -> float:
-    """Flow-matching loss on held-out clips, averaged over `TIMES` times; the stage's own frames stay clean."""
+@torch.no_grad()
+def heldout_losses(generator: ClipGenerator, heldout: ShardSet) -> list[float]:
+    """Flow-matching loss on held-out clips at each of `TIMES` times; the stage's own frames stay clean.
+
+    The loss is the flow's whatever the stage learns, and of the frames that are not given, so that recipes compare.
+    """
     recipe = generator.recipe
     loader = ClipLoader(
         heldout,
@@ -103,97 +150,126 @@ def heldout_loss(generator: ClipGenerator, heldout: ShardSet) -> float:
         world_size=1,
         seed=SEED,
         task=recipe.task,
+        temporal_patch_size=recipe.network.temporal_patch_size,
     )
     batch = next(loader)
     rng = torch.Generator().manual_seed(SEED)
     latents = generator.codec.encode(batch.frames)
     noise = torch.randn(latents.shape, generator=rng)
     rows = latents.shape[0]
-    frame_mask = draw_frame_mask(recipe.task, rows, latents.shape[1], image_dropout=0.0, generator=rng)
+    frame_mask = tasks.frame_mask(recipe, recipe.task).expand(rows, -1)
     weight = loss_weight(frame_mask, latents, keep=None, patch_size=recipe.network.patch_size)
-    conditions = Conditions.of(generator.text.encode(batch.captions), batch.micro)
+    texts = [""] * rows if recipe.task in tasks.TEXTLESS else batch.captions
+    conditions = Conditions.of(generator.text.encode(texts), batch.micro)
+    if recipe.network.image_cross_attention != "off":
+        conditions = conditions.with_image(latents[:, 0], frame_mask[:, 0])
     losses: list[float] = []
     for index in range(TIMES):
         t = torch.full((rows,), (index + 0.5) / TIMES)
-        noisy = replace_frames(interpolate(latents, noise, t), latents, frame_mask)
+        noisy = interpolate(latents, noise, t)
+        if recipe.conditioning.frame_replacement:
+            noisy = replace_frames(noisy, latents, frame_mask)
         velocity = generator.velocity(noisy, t, conditions)
         losses.append(float(masked_loss(velocity, velocity_target(latents, noise), weight)))
-    return sum(losses) / len(losses)
+    return losses
 
 
-def sample_grid(strips: list[tuple[str, list[Clip]]], captions: list[str], path: Path, rows: int = 12) -> None:
-    """One picture: a caption a row, every frame of the clip beside it, a block a task."""
-    scale, left, gap = 2, 190, 4
-    height, width = strips[0][1][0].shape[1] * scale, strips[0][1][0].shape[2] * scale
-    frames = strips[0][1][0].shape[0]
-    shown = min(rows, len(captions))
-    block = left + frames * (width + 2)
-    canvas = Image.new("RGB", (block * len(strips), shown * (height + gap)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column, (task, clips) in enumerate(strips):
-        for row, clip in enumerate(clips[:shown]):
-            top = row * (height + gap)
-            pen.text((column * block + 6, top + height // 2 - 6), f"{task}: {captions[row]}", fill="black")
-            for index, frame in enumerate(clip):
-                picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
-                canvas.paste(picture, (column * block + left + index * (width + 2), top))
-    canvas.save(path)
-
-
-def animate(clips: list[Clip], path: Path, *, fps: int, columns: int = 8) -> None:
-    """The clips side by side as one looping WebP."""
-    scale = 2
-    rows = -(-len(clips) // columns)
-    side = clips[0].shape[1:3]
-    frames: list[Image.Image] = []
-    for index in range(clips[0].shape[0]):
-        wall = np.full((rows * (side[0] + 2), columns * (side[1] + 2), 3), 255, dtype=np.uint8)
-        for place, clip in enumerate(clips):
-            top, left = place // columns * (side[0] + 2), place % columns * (side[1] + 2)
-            wall[top : top + side[0], left : left + side[1]] = clip[index]
-        picture = Image.fromarray(wall)
-        frames.append(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, lossless=True)
-
-
-def _tasks(recipe: StageRecipe) -> tuple[str, ...]:
-    """A TI2V stage answers both tasks, thanks to image dropout."""
-    return ("t2v", "ti2v") if recipe.task == "ti2v" else (recipe.task,)
-
-
-def _draw(
-    generator: ClipGenerator, task: str, samples: list[Sample], specs: list[ShapeSpec]
-) -> tuple[list[Clip], dict[str, float]]:
-    images: Tensor | None = None
-    originals = [sample.frames[:1] for sample in samples]
-    if task == "ti2v":
-        images = to_frames(originals)[:, 0]
-    captions = [_caption(generator.recipe, spec) for spec in specs]
-    clips = generator(captions, images=images, seed=SEED)
-    still = clips[0].shape[0] == 1
-    seen = [observe(clip) for clip in clips]
-    figures = {f"{task}_{name}_accuracy": value for name, value in asdict(accuracy(seen, specs)).items()}
-    if still:
-        del figures[f"{task}_direction_accuracy"], figures[f"{task}_joint_accuracy"]
-    if task == "ti2v":
-        kept = [first_frame_psnr(clip, image[0]) for clip, image in zip(clips, originals, strict=True)]
-        figures["ti2v_first_frame_psnr_db"] = sum(kept) / len(kept)
-    return clips, figures
-
-
-def _shape_samples(heldout: ShardSet, count: int) -> list[Sample]:
-    places = [place for place, entry in enumerate(heldout.entries) if entry.source == SHAPES][:count]
-    if len(places) < count:
+def _samples(heldout: ShardSet, recipe: StageRecipe, count: int) -> list[Sample]:
+    """The first held-out samples that are long enough for every task, moving shapes if the stage trains on them."""
+    sources = {SHAPES} if SHAPES in recipe.data.weights and SHAPES in heldout.sources else set(recipe.data.weights)
+    needed = 1 + max(places[-1] for places in (_places(recipe, task) for task in tasks.evaluated(recipe)))
+    fitting = [
+        place for place, entry in enumerate(heldout.entries) if entry.source in sources and entry.num_frames >= needed
+    ]
+    if len(fitting) < count:
         raise ValueError(
-            f"evaluation.sample_prompts {count} exceeds the {len(places)} held-out clips of '{SHAPES}';"
-            " lower it or build a larger data set"
+            f"{count} clips are to be drawn (evaluation.sample_prompts), but only {len(fitting)} held-out clips of"
+            f" {sorted(sources)} have {needed} frames; lower it or build a larger data set"
         )
-    return [heldout.sample(place) for place in places]
+    return [heldout.sample(place) for place in fitting[:count]]
+
+
+def _places(recipe: StageRecipe, task: Task) -> tuple[int, ...]:
+    return tasks.source_frames(recipe.video, task, recipe.network.temporal_patch_size)
+
+
+def _cut(samples: Sequence[Sample], recipe: StageRecipe, task: Task) -> Heldout:
+    shapes = all(sample.source == SHAPES for sample in samples)
+    return Heldout(
+        clips=[middle_cut(sample, recipe.video, _places(recipe, task)) for sample in samples],
+        captions=[_caption(recipe, sample) for sample in samples],
+        specs=[_spec(sample) for sample in samples] if shapes else [],
+    )
+
+
+def _drawn(generator: ClipGenerator, task: Task, wanted: Heldout) -> list[Clip]:
+    """A clip for each caption, the task's frames given from the held-out clip."""
+    drawn: list[Clip] = []
+    for batch, first in enumerate(range(0, len(wanted.captions), CLIPS_AT_ONCE)):
+        part = slice(first, first + CLIPS_AT_ONCE)
+        drawn += generator.complete(wanted.captions[part], to_frames(wanted.clips[part]), task, seed=SEED + batch)
+    return drawn
+
+
+def _figures(
+    recipe: StageRecipe, task: Task, drawn: list[Clip], wanted: Heldout, networks: Sequence[OnnxNetwork]
+) -> dict[str, float]:
+    """Every figure of one task, by name without the task."""
+    figures: dict[str, float] = {}
+    if wanted.specs:
+        figures |= _checked(drawn, wanted)
+    if motion.has_pairs(recipe.video.num_frames, recipe.video.fps):
+        degree, flow = motion.degree_and_flow(drawn, fps=recipe.video.fps)
+        figures |= {"dynamic_degree": degree, "mean_flow": flow}
+    if len(drawn) > 1:
+        extract = PixelMotionFeatures()
+        figures[f"frechet_{extract.name}"] = frechet_distance(extract(drawn), extract(wanted.clips))
+    figures |= _nearness(recipe, task, drawn, wanted, networks)
+    for network in networks:
+        if network.card.measure in ("fvd", "fid"):
+            distance = frechet_distance(network(drawn), network(wanted.clips))
+            figures[f"{network.card.measure}_{network.name}"] = distance
+        elif network.card.measure == "inception_score":
+            mean, spread = inception_score(network(drawn).softmax(dim=1), splits=network.card.splits)
+            figures |= {f"inception_score_{network.name}": mean, f"inception_score_sd_{network.name}": spread}
+    return figures
+
+
+def _checked(drawn: list[Clip], wanted: Heldout) -> dict[str, float]:
+    """What the checker of moving shapes says."""
+    seen = [observe(clip) for clip in drawn]
+    figures = {f"{name}_accuracy": value for name, value in asdict(accuracy(seen, wanted.specs)).items()}
+    if drawn[0].shape[0] == 1:
+        del figures["direction_accuracy"], figures["joint_accuracy"]
+    error = speed_error(seen, [observe(clip).travel for clip in wanted.clips])
+    return figures if math.isnan(error) else figures | {"speed_error": error}
+
+
+def _nearness(
+    recipe: StageRecipe, task: Task, drawn: list[Clip], wanted: Heldout, networks: Sequence[OnnxNetwork]
+) -> dict[str, float]:
+    """How near drawn clips are to the held-out ones whose frames they were given; nothing where none were."""
+    given = tasks.given_frames(recipe, task)
+    if not given:
+        return {}
+    figures: dict[str, float] = {}
+    if 0 in given:
+        kept = [first_frame_psnr(clip, held[0]) for clip, held in zip(drawn, wanted.clips, strict=True)]
+        figures["first_frame_psnr_db"] = sum(kept) / len(kept)
+    free = [frame for frame in range(recipe.video.num_frames) if frame not in given]
+    pairs = [(clip[free], held[free]) for clip, held in zip(drawn, wanted.clips, strict=True)]
+    figures["psnr_db"] = sum(psnr(*pair) for pair in pairs) / len(pairs)
+    if min(recipe.video.height, recipe.video.width) >= WINDOW:
+        figures["ssim"] = sum(ssim(*pair) for pair in pairs) / len(pairs)
+    for network in networks:
+        if network.card.measure == "lpips":
+            figures[f"lpips_{network.name}"] = mean_distance(network.distance, pairs)
+    return figures
 
 
 def _spec(sample: Sample) -> ShapeSpec:
     return ShapeSpec(*(cast(str, sample.extra[word]) for word in ("color", "shape", "direction")))
 
 
-def _caption(recipe: StageRecipe, spec: ShapeSpec) -> str:
-    return spec.image_caption if recipe.video.num_frames == 1 else spec.caption
+def _caption(recipe: StageRecipe, sample: Sample) -> str:
+    return caption_of(sample, recipe.video)

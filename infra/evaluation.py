@@ -1,0 +1,165 @@
+"""A published checkpoint measured on its held-out clips, or made to draw the videos of a benchmark's suite.
+
+It owns what is fetched for that, where the checkpoint computes and what is written; the measures are the model's.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from infra.refs import DATASET
+from infra.registry import Manifest, Registry
+from infra.serving import media
+from model.data.shards import ShardSet
+from model.generation import ClipGenerator, to_frames
+from model.measures.networks import NetworkCard, OnnxNetwork
+from model.measures.vbench import SuitePrompt, missing_videos, read_suite, write_seeds
+from model.recipe import StageRecipe, loads_stage
+from model.training.evaluate import Evaluation, evaluate, load_network, make_generator
+
+REPORT = "evaluation.json"
+MAX_IMAGE_PIXELS = 100_000_000
+
+
+class MeasuredBy(BaseModel):
+    """A network that figures were measured by."""
+
+    sha256: str
+    card: NetworkCard
+
+
+class EvaluationReport(BaseModel):
+    """`evaluation.json`: the figures and all that they depend on."""
+
+    # A diverged checkpoint has NaN figures; JSON has no NaN but as a string.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    checkpoint: str
+    dataset: str
+    codec: str
+    clips: int
+    """Drawn for each task."""
+    networks: list[MeasuredBy]
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True, frozen=True)
+class Trained:
+    """A published checkpoint in folders of this machine, every digest verified."""
+
+    manifest: Manifest
+    recipe: StageRecipe
+    folder: Path
+    codec: Path
+
+    def generator(self, device: str) -> ClipGenerator:
+        """Draws clips with the network on `device`; the codec and the text encoder stay on the CPU."""
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device '{device}' is not there: this machine shows no CUDA GPU; use cpu")
+        return make_generator(self.recipe, load_network(self.recipe, self.folder).to(device), self.codec)
+
+
+def fetch_trained(registry: Registry, ref: str, work: Path) -> Trained:
+    """The checkpoint at `ref` with the codec it was trained with."""
+    manifest = registry.resolve(ref)
+    if manifest.kind != "checkpoint":
+        raise ValueError(f"'{ref}' is of kind '{manifest.kind}'; only a checkpoint can draw, such as ti2v/promoted")
+    folder = registry.fetch(manifest, work / "inputs" / manifest.digest[:16])
+    codec = registry.resolve(manifest.parents["codec"])
+    return Trained(
+        manifest,
+        loads_stage((folder / "recipe.json").read_bytes()),
+        folder,
+        registry.fetch(codec, work / "inputs" / codec.digest[:16]),
+    )
+
+
+def evaluate_checkpoint(
+    registry: Registry,
+    ref: str,
+    work: Path,
+    *,
+    networks: Sequence[OnnxNetwork] = (),
+    clips: int | None = None,
+    device: str = "cpu",
+) -> Evaluation:
+    """Measure the checkpoint at `ref` on the held-out clips of its own data set; below `work` lies what is written.
+
+    An imported checkpoint, which has no data set of its own, is measured on the promoted one.
+    """
+    trained = fetch_trained(registry, ref, work)
+    dataset = registry.resolve(trained.manifest.parents.get("dataset", DATASET))
+    heldout = ShardSet(registry.fetch(dataset, work / "inputs" / dataset.digest[:16]) / "heldout")
+    folder = work / trained.manifest.digest[:16]
+    done = evaluate(trained.generator(device), heldout, folder, count=clips, networks=networks)
+    report = EvaluationReport(
+        checkpoint=trained.manifest.digest,
+        dataset=dataset.digest,
+        codec=trained.manifest.parents["codec"],
+        clips=clips or trained.recipe.evaluation.sample_prompts,
+        networks=[MeasuredBy(sha256=network.sha256, card=network.card) for network in networks],
+        metrics=dict(done.metrics),
+    )
+    (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+    return done
+
+
+def draw_suite(
+    trained: Trained,
+    prompts: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    device: str = "cpu",
+    on_video: Callable[[int, int], None] = lambda drawn, wanted: None,
+) -> int:
+    """Draw the videos of the suite in `prompts` that `out` lacks, named as VBench wants them; how many were drawn.
+
+    Each has a seed of its own, a function of its file name alone, listed in `OUT.seeds.json`. `images` is the folder
+    of first frames of an image-to-video suite.
+    """
+    suite = read_suite(prompts)
+    generator = trained.generator(device)
+    _check_suite(generator, suite, images)
+    out.mkdir(parents=True, exist_ok=True)
+    write_seeds(suite, out.with_name(out.name + ".seeds.json"))  # beside: VBench reads every file in the folder
+    missing = missing_videos(suite, out)
+    for index, video in enumerate(missing):
+        image = None if images is None or video.prompt.image is None else _image(images / video.prompt.image, generator)
+        (clip,) = generator([video.prompt.prompt], images=image, seed=video.seed)
+        draft = out.with_name(f".{out.name}-{os.getpid()}.mp4")
+        media.write_mp4(draft, clip, trained.recipe.video.fps)
+        draft.replace(out / video.file_name)
+        on_video(index + 1, len(missing))
+    return len(missing)
+
+
+def _check_suite(generator: ClipGenerator, suite: Sequence[SuitePrompt], images: Path | None) -> None:
+    """Everything that could stop a suite of hours half way."""
+    recipe = generator.recipe
+    if recipe.video.num_frames == 1:
+        raise ValueError(f"stage '{recipe.name}' draws images; a suite of videos needs a stage that draws clips")
+    for each in suite:
+        tokens = generator.text.count_tokens(each.prompt)
+        if tokens > recipe.text.max_tokens:
+            raise ValueError(f"'{each.prompt[:60]}' has {tokens} tokens, stage reads at most {recipe.text.max_tokens}")
+        if (each.image is None) != (images is None):
+            needs = "no first frame" if each.image is None else f"first frame {each.image}"
+            raise ValueError(f"'{each.prompt[:60]}' has {needs}, images are in {images}; a suite is of one kind")
+        if images is not None and each.image is not None and not (images / each.image).is_file():
+            raise ValueError(f"{images / each.image}: no such image; VBench-I2V offers its images for download")
+
+
+def _image(path: Path, generator: ClipGenerator) -> torch.Tensor:
+    """A first frame [1, 3, H, W] in [-1, 1], scaled to cover and cropped at the centre."""
+    video = generator.recipe.video
+    size = {"width": video.width, "height": video.height}
+    try:
+        fitted = media.conditioning_image(path.read_bytes(), **size, max_pixels=MAX_IMAGE_PIXELS)
+    except media.BadImage as error:
+        raise ValueError(f"{path}: {error}") from None
+    return to_frames([media.read_image(fitted)])[:, 0]
