@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,21 @@ import psutil
 import pytest
 import torch
 
+from infra.ingest import ingest
 from infra.launch.local import GangFailed, LocalGang, StageLaunch, command, environment
-from model.recipe import StageRecipe
+from infra.launch.stage import run_stage
+from infra.registry import Registry
+from infra.store import open_store
+from model.config import CorpusConfig, GateRule
+from model.recipe import Curriculum, StageRecipe
 from model.training import checkpoint
+from model.training.prepare import latest_of
 from model.training.run import RunFolders, read_progress
 from tests.tiny_stage import Inputs, stage, write_inputs
 
 STEPS: dict[str, Any] = {"steps": 12, "unmasked_steps": 4, "checkpoint_every": 2, "log_every": 1}
 TOTAL_STEPS = 16
+A_FINITE_NUMBER = GateRule(metric="heldout_loss", op="<", bound=1e9)
 PATIENCE = 120.0
 """Seconds for a run of a second and a start of ten, on a machine that may be busy."""
 
@@ -149,6 +157,63 @@ def test_a_stage_grows_from_its_parent_and_says_where_it_diverged(
     assert re.search(r"grown: \d+ weights copied, 0 inflated, 0 new", log), log
 
 
+@pytest.mark.timeout(600)
+def test_a_joint_start_takes_time_from_one_promoted_parent_and_the_rest_from_the_other(tmp_path: Path) -> None:
+    images, videos = short("t2i", lr=1e-3), short("t2v", lr=1e-3)
+    # So small a rate that the weights end where they began: what was grown is what is published.
+    joint = short("t2v", lr=1e-12, name="joint", parent="t2i", temporal_parent="t2v")
+    registry = Registry(open_store(str(tmp_path / "store")))
+    corpus = CorpusConfig(
+        shapes=16, heldout_shapes=8, num_frames=4, gate=(GateRule(metric="train_samples", op=">=", bound=1),)
+    )
+    curriculum = Curriculum(name="joint", corpus=corpus, stages=(images, videos, joint))
+    ingest(registry, curriculum, tmp_path / "ingest", videos=None, who="tests")
+
+    done = {
+        stage.name: run_stage(stage, registry, tmp_path / "work", who="tests", on_progress=lambda _: None).checkpoint
+        for stage in curriculum.stages
+    }
+    parents = done["joint"].parents
+    assert (parents["checkpoint"], parents["temporal_checkpoint"]) == (done["t2i"].digest, done["t2v"].digest)
+
+    weights = {
+        name: checkpoint.load_weights(registry.fetch(manifest, tmp_path / "fetched" / name), "ema")
+        for name, manifest in done.items()
+    }
+    for name, weight in weights["joint"].items():
+        parent = weights["t2v" if ".temporal." in name else "t2i"]
+        if weight.shape == parent[name].shape:  # not what is inflated
+            torch.testing.assert_close(weight, parent[name], atol=1e-6, rtol=0)
+    assert not torch.equal(
+        weights["t2i"]["blocks.0.spatial.query.weight"], weights["t2v"]["blocks.0.spatial.query.weight"]
+    )
+
+    state = checkpoint.load(tmp_path / "fetched" / "joint")
+    assert {"initial", "initial_temporal"} <= state.inputs.keys()
+    run = RunFolders(tmp_path, tmp_path, tmp_path / "work" / "joint")
+    other = {**state.inputs, "initial_temporal": state.inputs["initial"]}
+    with pytest.raises(ValueError, match="initial_temporal was"):
+        latest_of(joint, run, other)
+
+    elsewhere = corpus.model_copy(update={"seed": 7})
+    ingest(registry, curriculum.model_copy(update={"corpus": elsewhere}), tmp_path / "again", videos=None, who="tests")
+    with pytest.raises(ValueError, match=r"'t2i/promoted' was trained on codec \w+, and 'codec/promoted' is \w+"):
+        run_stage(joint, registry, tmp_path / "new", who="tests", on_progress=lambda _: None)
+
+
+def short(task: str, *, lr: float, **fields: Any) -> StageRecipe:
+    """A stage of two steps that measures little and refuses nothing."""
+    made = stage(task, steps=2, unmasked_steps=0).model_dump()
+    made |= {
+        "optimizer": {"lr": lr, "warmup_steps": 0},
+        "sampling": {"num_steps": 1},
+        "evaluation": {"heldout_clips": 4, "sample_prompts": 2},
+        "gate": (A_FINITE_NUMBER,),
+        **fields,
+    }
+    return StageRecipe.model_validate(made)
+
+
 def test_ranks_see_no_secret_and_share_the_cores() -> None:
     given = {"PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "x", "HF_TOKEN": "x", "CUDA_VISIBLE_DEVICES": "0", "API_KEY": "x"}
     seen = environment({**given, "PYTHONPATH": "/mine"}, world_size=1)
@@ -161,8 +226,11 @@ def test_ranks_see_no_secret_and_share_the_cores() -> None:
 def test_the_command_is_torchrun_over_the_rank_module(tmp_path: Path) -> None:
     folders = RunFolders(tmp_path / "data", tmp_path / "codec", tmp_path / "run", tmp_path / "parent")
     line = command(StageLaunch(stage(world_size=2), folders, metrics_port=9000))
+    assert "--initial-temporal" not in line
     assert line[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert line[line.index("--nproc-per-node") + 1] == "2"
     assert line[line.index("--initial") + 1] == str(tmp_path / "parent")
     assert line[line.index("--metrics-port") + 1] == "9000"
+    joint = command(StageLaunch(stage(), replace(folders, initial_temporal=tmp_path / "videos")))
+    assert joint[joint.index("--initial-temporal") + 1] == str(tmp_path / "videos")
     assert "--initial" not in command(StageLaunch(stage(), RunFolders(tmp_path, tmp_path, tmp_path)))

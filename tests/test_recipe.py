@@ -73,6 +73,9 @@ def test_a_later_override_wins(recipe: Path) -> None:
         ("videos.video.num_frames=7", ["video.num_frames 7", "network.temporal_patch_size 2"]),
         ("images.video.num_frames=2", ["t2i", "must be 1, not 2"]),
         ("videos.network.temporal_attention=false", ["t2v", "network.temporal_attention = true"]),
+        ("images.temporal_parent='videos'", ["temporal_parent 'videos'", "network.temporal_attention = true"]),
+        ("videos.temporal_parent='videos'", ["'videos' takes temporal attention from 'videos'", "['images']"]),
+        ("videos.temporal_parent='images'", ["temporal attention from 'images', which has none"]),
         ("videos.training.micro_batch_size=3", ["global_batch_size 8", "micro_batch_size 3", "world_size 1"]),
         ("videos.training.zero_stage=2", ["zero_stage 2", "use zero_stage = 0"]),
         ("videos.training.zero_stage=7", ["videos.training.zero_stage", "0, 1, 2 or 3"]),
@@ -80,7 +83,7 @@ def test_a_later_override_wins(recipe: Path) -> None:
         ("videos.training.steps='many'", ["videos.training.steps", "valid integer"]),
         ("videos.conditioning.text_dropout=1.5", ["videos.conditioning.text_dropout", "less than or equal to 1"]),
         ("videos.sampling.solver='rk4'", ["videos.sampling.solver", "'euler' or 'heun'"]),
-        ("videos.task='v2v'", ["videos.task", "'t2i', 't2v' or 'ti2v'"]),
+        ("videos.task='v2v'", ["videos.task", "'t2v', 'ti2v', 'prediction'"]),
         ("videos.vae.latent_channels=200", ["vae.latent_channels 200", "192"]),
         ("videos.vae.type='autoencoder_kl'", ["vae.type 'autoencoder_kl' needs vae.path"]),
         ("videos.text.type='clip'", ["text.type 'clip' needs text.path"]),
@@ -119,6 +122,56 @@ def test_an_override_that_cannot_be_read_is_refused_with_the_way_out(
     assert f"override '{override}'" in message
     for part in parts:
         assert part in message
+
+
+def test_defaults_stand_below_every_stage_and_overrides_above(recipe: Path) -> None:
+    defaults = "[defaults.optimizer]\nlr = 1e-3\nbeta1 = 0.5\n[defaults.training]\nsteps = 77\nunmasked_steps = 7\n"
+    recipe.write_text(recipe.read_text() + defaults)
+    curriculum = load(recipe, ["videos.optimizer.beta1=0.7"])
+    assert [stage.optimizer.lr for stage in curriculum.stages] == [1e-3, 1e-3]
+    assert [stage.optimizer.beta1 for stage in curriculum.stages] == [0.5, 0.7]
+    assert [stage.training.steps for stage in curriculum.stages] == [10, 10]  # the stage's own
+    assert [stage.training.unmasked_steps for stage in curriculum.stages] == [7, 7]
+
+
+def test_a_list_or_table_a_stage_gives_replaces_the_default_whole(recipe: Path) -> None:
+    recipe.write_text(
+        recipe.read_text()
+        + "[defaults.data.weights]\nfilmed = 1\ndrawn = 2\n[[defaults.gate]]\nmetric = 'other'\nop = '<'\nbound = 1\n"
+    )
+    (recipe.parent / "videos.toml").write_text(VIDEOS + "[data.weights]\nchosen = 1\n")
+    images, videos = load(recipe).stages
+    assert images.data.weights == {"filmed": 1, "drawn": 2}
+    assert videos.data.weights == {"chosen": 1}
+    assert [rule.metric for rule in images.gate] == ["heldout_loss"]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("defaults = 3", "defaults must be a table of sections and keys, not 3"),
+        ("[defaults.training]\nstpes = 3", "images.training.stpes: Extra inputs are not permitted"),
+        ("[defaults]\nsampling = 3", "videos.sampling: Input should be a valid dictionary"),
+    ],
+)
+def test_a_default_that_cannot_be_is_refused_at_the_stages_that_take_it(recipe: Path, text: str, part: str) -> None:
+    recipe.write_text(recipe.read_text() + text)
+    assert part in refusal(recipe)
+
+
+def test_stage_files_may_lie_elsewhere_and_serve_two_sizes(recipe: Path) -> None:
+    large = recipe.parent / "large" / "curriculum.toml"
+    large.parent.mkdir()
+    large.write_text("name = 'large'\nstages = ['../images', '../videos']\n[defaults.optimizer]\nlr = 0.5\n")
+    assert [stage.name for stage in load(large).stages] == ["images", "videos"]
+    assert (load(large).stages[1].optimizer.lr, load(recipe).stages[1].optimizer.lr) == (0.5, 2e-4)
+    assert "videos.training.steps" in refusal(large, "videos.training.steps=0")
+    large.write_text("name = 'large'\nstages = ['../vidoes']\n")
+    assert "../vidoes.toml: no such recipe file" in refusal(large)
+
+
+def test_a_parent_is_taken_away_by_an_empty_name(recipe: Path) -> None:
+    assert load(recipe, ["videos.parent=''"]).stage("videos").parent is None
 
 
 def test_every_mistake_of_a_recipe_is_told_at_once(recipe: Path) -> None:

@@ -181,6 +181,8 @@ def command(launch: StageLaunch) -> list[str]:
     ]
     if folders.initial is not None:
         options += ["--initial", folders.initial]
+    if folders.initial_temporal is not None:
+        options += ["--initial-temporal", folders.initial_temporal]
     options += ["--metrics-port", launch.metrics_port]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "infra.launch.rank"]
     return [*torchrun, *(str(option) for option in options)]

@@ -34,7 +34,13 @@ class StopRequest:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    folders = RunFolders(data=options.data, codec=options.codec, run=options.run_folder, initial=options.initial)
+    folders = RunFolders(
+        data=options.data,
+        codec=options.codec,
+        run=options.run_folder,
+        initial=options.initial,
+        initial_temporal=options.initial_temporal,
+    )
     rank = int(os.environ.get("RANK", "0"))
     should_stop = StopRequest()
     _stop_with_parent()
@@ -59,6 +65,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--run-folder", type=Path, required=True, help="folder to write; resumed if it holds checkpoints"
     )
     parser.add_argument("--initial", type=Path, help="the parent stage's checkpoint folder")
+    parser.add_argument("--initial-temporal", type=Path, help="the temporal parent's, for its temporal attention")
     parser.add_argument("--metrics-port", type=int, default=0, help="Prometheus port of rank 0; 0 takes a free one")
     return parser.parse_args(arguments)
 

@@ -16,6 +16,7 @@ from infra.registry import GateReport, Manifest, PromotionRefused, Registry, eva
 from model.recipe import StageRecipe, dumps
 from model.training import checkpoint
 from model.training.run import ProgressLine, RunFolders, read_progress
+from model.vae import WEIGHTS as CODEC_WEIGHTS
 from monitoring import metrics as measured
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,12 @@ class StageOutcome:
 def run_stage(
     recipe: StageRecipe, registry: Registry, work: Path, *, who: str, on_progress: OnProgress
 ) -> StageOutcome:
-    """Train `recipe` from its parent's promoted checkpoint and promote what passes its gate.
+    """Train `recipe` from its parents' promoted checkpoints and promote what passes its gate.
 
     Below `work` lies all that is written; calling it again after an interruption resumes.
 
     Raises:
-        ArtifactNotFound: data set, codec or parent has not been promoted yet.
+        ArtifactNotFound: data set, codec or a parent has not been promoted yet.
         GangFailed: a rank ended in an error. StageStopped: it was told to stop.
         PromotionRefused: the gate did not hold; the checkpoint is published, the ref is as it was.
     """
@@ -88,21 +89,34 @@ def run_stage(
 
 
 def _fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
-    """Data set, codec and parent checkpoint as verified folders, and their digests by role."""
+    """Data set, codec and the parents' checkpoints as verified folders, and their digests by role."""
     dataset, codec = registry.resolve(DATASET), registry.resolve(CODEC)
     parents = {"dataset": dataset.digest, "codec": codec.digest}
-    initial: Path | None = None
-    if recipe.parent is not None:
-        parent = registry.resolve(promoted(recipe.parent))
-        parents["checkpoint"] = parent.digest
-        initial = registry.fetch(parent, work / "inputs" / parent.digest[:16])
+    initial: dict[str, Path] = {}
+    for role, name in (("checkpoint", recipe.parent), ("temporal_checkpoint", recipe.temporal_parent)):
+        if name is not None:
+            parent = registry.resolve(promoted(name))
+            _require_same_codec(registry, name, parent, codec)
+            parents[role] = parent.digest
+            initial[role] = registry.fetch(parent, work / "inputs" / parent.digest[:16])
     folders = RunFolders(
         data=registry.fetch(dataset, work / "inputs" / dataset.digest[:16]),
         codec=registry.fetch(codec, work / "inputs" / codec.digest[:16]),
         run=work / recipe.name,
-        initial=initial,
+        initial=initial.get("checkpoint"),
+        initial_temporal=initial.get("temporal_checkpoint"),
     )
     return folders, parents
+
+
+def _require_same_codec(registry: Registry, name: str, parent: Manifest, codec: Manifest) -> None:
+    """Weights learnt on one codec's latents mean nothing on another's, whatever their shapes."""
+    theirs = registry.resolve(parent.parents["codec"])
+    if theirs.files[CODEC_WEIGHTS] != codec.files[CODEC_WEIGHTS]:
+        raise ValueError(
+            f"'{promoted(name)}' was trained on codec {theirs.digest[:16]}, and '{CODEC}' is {codec.digest[:16]} with"
+            f" other weights; promote the former to '{CODEC}', or train '{name}' anew"
+        )
 
 
 def _follow(gang: LocalGang, folders: RunFolders, on_progress: OnProgress) -> None:

@@ -15,7 +15,7 @@ from model.data.loader import ClipLoader
 from model.data.shards import INDEX, ShardSet
 from model.ema import Ema
 from model.network.stiv import STIV
-from model.optim import AdaFactor
+from model.optim import make_optimizer
 from model.recipe import StageRecipe
 from model.text import load_text_encoder
 from model.training import checkpoint
@@ -45,6 +45,8 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
         world_size=place.world_size,
         seed=training.seed,
         task=recipe.task,
+        mix=recipe.conditioning.mix,
+        temporal_patch_size=recipe.network.temporal_patch_size,
     )
     encoder = load_text_encoder(recipe.text).to(place.device)
     captions = CaptionTable.build(captions_of(shards, recipe.video), encoder.encode)
@@ -58,10 +60,10 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
     inputs = digests_of(folders)
     state = latest_of(recipe, folders, inputs)
     if state is None:
-        begin(network, recipe, folders.initial)
+        begin(network, recipe, folders.initial, folders.initial_temporal)
     else:
         network.load_state_dict(state.model)
-    optimizer = AdaFactor.of(network.parameters(), recipe.optimizer)
+    optimizer = make_optimizer(network.parameters(), recipe.optimizer)
     ema = Ema(network, training.ema_decay)
     if state is not None:
         optimizer.load_state_by_name(state.optimizer, names_of(network), state.step)
@@ -87,7 +89,8 @@ def digests_of(folders: RunFolders) -> dict[str, str]:
     """What a run is started from, by content: wherever the folders lie, and whatever is copied over them later."""
     found = {"data": folders.data / "train" / INDEX, "codec": folders.codec / HEADER}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path.exists()}
-    return digests if folders.initial is None else digests | {"initial": checkpoint.digest_of(folders.initial)}
+    grown_from = {"initial": folders.initial, "initial_temporal": folders.initial_temporal}
+    return digests | {name: checkpoint.digest_of(path) for name, path in grown_from.items() if path is not None}
 
 
 def latest_of(recipe: StageRecipe, folders: RunFolders, inputs: Mapping[str, str]) -> checkpoint.TrainState | None:
@@ -118,14 +121,20 @@ def _identity(recipe: StageRecipe) -> dict[str, object]:
     return {key: value for key, value in flat.items() if key not in {f"training.{field}" for field in RESUMABLE}}
 
 
-def begin(network: STIV, recipe: StageRecipe, initial: Path | None) -> None:
-    if (recipe.parent is None) != (initial is None):
-        raise ValueError(
-            f"stage '{recipe.name}' has parent {recipe.parent!r}, but its initial checkpoint is {initial}; give the"
-            " parent's checkpoint folder to a stage that has a parent, and none to one that has not"
-        )
+def begin(network: STIV, recipe: StageRecipe, initial: Path | None, initial_temporal: Path | None = None) -> None:
+    """Fill a new network from the EMA weights of the stage's parents; a stage without a parent keeps its own."""
+    for role, parent, folder in (
+        ("parent", recipe.parent, initial),
+        ("temporal parent", recipe.temporal_parent, initial_temporal),
+    ):
+        if (parent is None) != (folder is None):
+            raise ValueError(
+                f"stage '{recipe.name}' has {role} {parent!r}, but its initial checkpoint is {folder}; give the"
+                f" {role}'s checkpoint folder to a stage that has a {role}, and none to one that has not"
+            )
     if initial is not None:
-        report = grow(network, checkpoint.load_weights(initial, "ema"))
+        temporal = None if initial_temporal is None else checkpoint.load_weights(initial_temporal, "ema")
+        report = grow(network, checkpoint.load_weights(initial, "ema"), temporal)
         logger.info(
             "grown: %s weights copied, %s inflated, %s new",
             len(report.copied),

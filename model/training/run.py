@@ -30,6 +30,8 @@ class RunFolders:
     """Written by this run alone; one that holds checkpoints is resumed."""
     initial: Path | None = None
     """The parent stage's checkpoint to grow from."""
+    initial_temporal: Path | None = None
+    """The temporal parent's, where temporal attention comes from another stage than the rest."""
 
     @property
     def recipe(self) -> Path:
