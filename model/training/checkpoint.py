@@ -75,6 +75,17 @@ def save(root: Path, state: TrainState, *, keep: int) -> Path:
     return final
 
 
+def save_weights(folder: Path, ema: Mapping[str, Tensor], recipe: StageRecipe) -> None:
+    """Write EMA weights alone as the checkpoint `folder`: a stage grows from it, an engine is exported from it.
+
+    It has no optimizer, random or loader state, so no run resumes from it.
+    """
+    folder.mkdir(parents=True)
+    save_file({name: x.detach().contiguous() for name, x in ema.items()}, folder / "ema.safetensors")
+    (folder / "recipe.json").write_text(dumps(recipe))
+    _write_manifest(folder, ["ema.safetensors", "recipe.json"])
+
+
 def load(folder: Path) -> TrainState:
     """The whole state, verified."""
     _verified(folder, _FILES)
@@ -147,7 +158,12 @@ def _write_files(folder: Path, state: TrainState) -> None:
         "recipe_sha256": _digest(folder / "recipe.json"),
     }
     (folder / "state.json").write_text(json.dumps(written, indent=2, sort_keys=True))
-    entries = {name: {"sha256": _digest(folder / name), "size": (folder / name).stat().st_size} for name in _FILES}
+    _write_manifest(folder, _FILES)
+
+
+def _write_manifest(folder: Path, names: Iterable[str]) -> None:
+    """The last file of a checkpoint; all of it is durable on return."""
+    entries = {name: {"sha256": _digest(folder / name), "size": (folder / name).stat().st_size} for name in names}
     (folder / MANIFEST).write_text(_manifest_text(entries))
     for path in folder.iterdir():
         _sync(path)
@@ -185,7 +201,7 @@ def _check(folder: Path, names: Iterable[str]) -> str:
     for name in names:
         path = folder / name
         if name not in files:
-            raise _Mismatch(f"{MANIFEST} lists no {name}")
+            raise _Mismatch(f"{MANIFEST} lists no {name} (an imported checkpoint has weights only)")
         if not path.is_file():
             raise _Mismatch(f"{name} is missing")
         if path.stat().st_size != files[name]["size"]:
