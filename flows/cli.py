@@ -17,11 +17,15 @@ from infra.store import open_store
 from model.recipe import Curriculum, dumps, load, loads_stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+vbench = typer.Typer(no_args_is_help=True, help="VBench: draw its videos, add up its scores (docs/evaluate.md).")
+app.add_typer(vbench, name="vbench")
 console = Console()
 
 StoreOption = Annotated[str, typer.Option(help="artifact store: a folder or s3://bucket/prefix")]
 WorkOption = Annotated[Path, typer.Option(help="folder for this machine's copies and results")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.section.key=value; stage may be *")]
+CheckpointArgument = Annotated[str, typer.Argument(help="ref or digest of a checkpoint")]
+DeviceOption = Annotated[str, typer.Option(help="where the network computes: cpu, cuda or cuda:N")]
 RecipeArgument = Annotated[str, typer.Argument(help="built-in curriculum or path of a curriculum.toml")]
 
 
@@ -70,6 +74,102 @@ def train(
 
 
 @app.command()
+def generate(  # noqa: PLR0913 an argument is an option of the command
+    prompt: Annotated[str, typer.Argument(help="what the video shows; empty draws without text")] = "",
+    task: Annotated[str | None, typer.Option(help="t2v, ti2v, prediction, interpolation, upsampling, …")] = None,
+    frames: Annotated[
+        list[Path] | None, typer.Option(help="given frames: an image or a video; repeat for more")
+    ] = None,
+    take: Annotated[str | None, typer.Option(help="which of the given frames: START:STOP or START:STOP:STEP")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="sampling.key=value")] = None,
+    out: Annotated[Path, typer.Option(help="video to write (.mp4; .png for a single frame)")] = Path("out.mp4"),
+    ref: Annotated[str, typer.Option(help="ref or digest of a checkpoint")] = "ti2v/promoted",
+    device: DeviceOption = "cpu",
+    store: StoreOption = "runs/store",
+    work: WorkOption = Path("runs/generate"),
+) -> None:
+    """Draw one video with a checkpoint: text to video, image to video and every other task (docs/tasks.md)."""
+    from flows.generate import Wish
+    from flows.generate import generate as run
+
+    wish = Wish(prompt, task, frames or [], take, seed, overrides or [], out, device)
+    film = run(_registry(store), ref, wish, work, console)
+    console.print(f"{out}: {len(film)} frames of {film.shape[2]}x{film.shape[1]}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    ref: CheckpointArgument = "ti2v/promoted",
+    networks: Annotated[
+        list[Path] | None, typer.Option("--network", help="ONNX file with its card: FVD, FID, IS or LPIPS; repeatable")
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(min=1, help="clips drawn a task; the recipe's number unless said")
+    ] = None,
+    device: DeviceOption = "cpu",
+    store: StoreOption = "runs/store",
+    work: WorkOption = Path("runs/evaluate"),
+) -> None:
+    """Measure a checkpoint on its held-out clips; the figures of a stage's gate and more (docs/evaluate.md)."""
+    from infra.evaluation import evaluate_checkpoint
+    from model.measures.networks import OnnxNetwork
+
+    given = [OnnxNetwork(path) for path in networks or []]
+    done = evaluate_checkpoint(_registry(store), ref, work, networks=given, clips=clips, device=device)
+    _print_figures(ref, dict(done.metrics))
+    console.print(f"{done.grid.parent}: evaluation.json, pictures and animations", soft_wrap=True)
+
+
+@vbench.command("videos")
+def vbench_videos(
+    prompts: Annotated[Path, typer.Argument(help="VBench's *_full_info.json, or a text file with a prompt a line")],
+    out: Annotated[Path, typer.Argument(help="folder of videos; those it holds already are kept")],
+    ref: Annotated[str, typer.Option(help="ref or digest of a checkpoint")] = "ti2v/promoted",
+    images: Annotated[Path | None, typer.Option(help="folder of first frames, for VBench-I2V")] = None,
+    device: DeviceOption = "cpu",
+    store: StoreOption = "runs/store",
+    work: WorkOption = Path("runs/evaluate"),
+) -> None:
+    """Draw the videos of a suite in the layout that the `vbench` package scores."""
+    from rich.progress import Progress
+
+    from infra.evaluation import draw_suite, fetch_trained
+
+    trained = fetch_trained(_registry(store), ref, work)
+    with Progress(console=console) as progress:
+        bar = progress.add_task("videos", total=None)
+
+        def show(drawn: int, wanted: int) -> None:
+            progress.update(bar, completed=drawn, total=wanted)
+
+        drawn = draw_suite(trained, prompts, out, images=images, device=device, on_video=show)
+    console.print(f"{out}: {drawn} videos drawn", soft_wrap=True)
+
+
+@vbench.command("scores")
+def vbench_scores(
+    results: Annotated[list[Path], typer.Argument(help="the package's *_eval_results.json, in any split")],
+    i2v: Annotated[bool, typer.Option("--i2v", help="VBench-I2V instead of VBench")] = False,
+) -> None:
+    """Normalise and weight the scores of every dimension as VBench does."""
+    from model.measures.vbench import image_scores, read_results, text_scores
+
+    dimensions = read_results(results)
+    if i2v:
+        rows = {
+            "as the paper does": image_scores(dimensions, "paper"),
+            "as vbench does": image_scores(dimensions, "official"),
+        }
+    else:
+        rows = {"as vbench does": text_scores(dimensions)}
+    table = Table("weighted", "quality", "I2V" if i2v else "semantic", "total", title="VBench-I2V" if i2v else "VBench")
+    for name, scores in rows.items():
+        table.add_row(name, *(f"{100 * value:.2f}" for value in (scores.quality, scores.conditioned, scores.total)))
+    console.print(table)
+
+
+@app.command()
 def export(
     ref: Annotated[str, typer.Argument(help="ref or digest of a checkpoint")] = "ti2v/promoted",
     store: StoreOption = "runs/store",
@@ -83,6 +183,45 @@ def export(
     for row in done.parity.shapes:
         table.add_row(str(row.shape), f"{row.max_abs_error:.2e}", f"{done.parity.bound:g}")
     console.print(table)
+
+
+@app.command()
+def save_pretrained(
+    ref: Annotated[str, typer.Argument(help="ref or digest of a checkpoint")],
+    folder: Annotated[Path, typer.Argument(help="folder to write, laid out like a diffusers pipeline")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="weights above it are split over files")] = "5GB",
+    store: StoreOption = "runs/store",
+    work: WorkOption = Path("runs/pretrained"),
+) -> None:
+    """Save a checkpoint's EMA weights as safetensors and JSON, for use elsewhere."""
+    from infra.pretrained import export_pretrained
+    from model.pretrained import dtype_of
+
+    wanted = dtype_of(dtype)
+    source = export_pretrained(_registry(store), ref, folder, work, dtype=wanted, max_shard_size=max_shard_size)
+    console.print(f"{folder}: checkpoint {source.digest}", soft_wrap=True)
+
+
+@app.command()
+def load_pretrained(
+    folder: Annotated[Path, typer.Argument(help="local folder that save-pretrained wrote; nothing is downloaded")],
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="measure on the store's held-out clips")] = False,
+    store: StoreOption = "runs/store",
+    work: WorkOption = Path("runs/pretrained"),
+) -> None:
+    """Publish a folder of weights as a checkpoint to grow from and export; `stiv promote` then moves a ref to it."""
+    from infra.pretrained import import_pretrained
+
+    done = import_pretrained(_registry(store), folder, work, measured=evaluate)
+    _print_figures(f"imported from {done.origin[:16]}", done.manifest.metrics)
+    console.print(f"checkpoint {done.manifest.digest}", soft_wrap=True)
+    if not done.codec_is_promoted:
+        console.print(
+            f"its codec {done.codec.digest[:16]} is not this store's codec/promoted: export it, but grow no stage"
+            " from it here, which would train on other latents",
+            soft_wrap=True,
+        )
 
 
 @app.command()

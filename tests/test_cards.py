@@ -71,7 +71,7 @@ def outcome(progress):
     from infra.launch.stage import StageOutcome
     from infra.registry import Registry, evaluate_gate
     from infra.store import open_store
-    from model.recipe import GateRule
+    from model.config import GateRule
 
     grid = Path("samples.png")
     metrics = {"heldout_loss": 0.4312, "t2i_color_accuracy": 0.979}

@@ -37,7 +37,7 @@ def test_recipe_prints_the_resolved_tree_with_overrides(stiv: Stiv) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("recipe", "tinny"), ["tinny", "built in: ['tiny']"]),
+        (("recipe", "tinny"), ["tinny", "built in: ['m', 'tiny', 'xl', 'xxl']"]),
         (("recipe", "tiny", "--set", "t2v.training.stpes=7"), ["t2v.training.stpes", "did you mean 'steps'"]),
         (("recipe", "tiny", "--set", "t2v.network.num_heads=5"), ["hidden_size 128", "num_heads 5"]),
         (("recipe", "tiny", "--set", "*.training.zero_stage=2"), ["zero_stage 2", "use zero_stage = 0"]),

@@ -12,7 +12,7 @@ import pytest
 from infra.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Blob, Conflict
 from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
 from infra.store import FolderStore
-from model.recipe import GateRule
+from model.config import GateRule
 
 RULES = (GateRule(metric="heldout_loss", op="<", bound=0.5), GateRule(metric="loads", op=">=", bound=1))
 PASSED = evaluate_gate(RULES, {"heldout_loss": 0.4, "loads": 1.0})

@@ -20,7 +20,8 @@ from flows.report import render, write_report
 from flows.results import CodecFigures, DemoReport, ParityRow, ServedVideo, SourceSummary, StageResult
 from infra.registry import evaluate_gate
 from infra.serving.media import write_mp4
-from model.recipe import GateRule, StageRecipe, load
+from model.config import GateRule
+from model.recipe import StageRecipe, load
 from model.training.run import ProgressLine
 
 VOID = {"meta", "link", "img", "br", "line", "path", "circle"}
