@@ -107,8 +107,8 @@ def test_rope_depends_on_relative_position_only() -> None:
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def dot(a: int, b: int) -> float:
-        first = rope.rotate(q, rope.angles_1d(torch.tensor([[a]]), 16, 10000.0))
-        second = rope.rotate(k, rope.angles_1d(torch.tensor([[b]]), 16, 10000.0))
+        first = rope.rotate(q, rope.turn(rope.angles_1d(torch.tensor([[a]]), 16, 10000.0)))
+        second = rope.rotate(k, rope.turn(rope.angles_1d(torch.tensor([[b]]), 16, 10000.0)))
         return float((first * second).sum())
 
     assert dot(3, 5) == pytest.approx(dot(10, 12), abs=1e-4)

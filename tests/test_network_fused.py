@@ -18,12 +18,12 @@ def draw(*shape: int) -> Tensor:
     ).requires_grad_()
 
 
-def plain_head_norm(x: Tensor, weight: Tensor, angles: Tensor | None) -> Tensor:
+def plain_head_norm(x: Tensor, weight: Tensor, turn: rope.Turn | None) -> Tensor:
     x = F.rms_norm(x, x.shape[-1:], weight, eps=fused.EPSILON)
-    return x if angles is None else rope.rotate(x, angles)
+    return x if turn is None else rope.rotate(x, turn)
 
 
-ANGLES = {"no": None, "shared": draw(1, 5, 4).detach(), "own": draw(2, 5, 4).detach()}
+TURNS = {"no": None, "a shared": rope.turn(draw(1, 5, 4).detach()), "its own": rope.turn(draw(2, 5, 4).detach())}
 PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = {
     "norm": (fused.norm, lambda x: F.layer_norm(x, (8,), eps=fused.EPSILON), [draw(2, 3, 5, 8)]),
     "norm of a view": (
@@ -34,12 +34,12 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor
     "gelu": (fused.gelu_linear, lambda x, w, b: F.linear(F.gelu(x), w, b), [draw(2, 3, 8), draw(4, 8), draw(4)]),
 }
 PAIRS |= {
-    f"head norm, {name} angles": (
-        lambda x, w, angles=angles: fused.head_norm(x, w, angles),
-        lambda x, w, angles=angles: plain_head_norm(x, w, angles),
+    f"head norm, {name} turn": (
+        lambda x, w, turn=turn: fused.head_norm(x, w, turn),
+        lambda x, w, turn=turn: plain_head_norm(x, w, turn),
         [draw(2, 5, 3, 8), draw(8)],
     )
-    for name, angles in ANGLES.items()
+    for name, turn in TURNS.items()
 }
 
 
@@ -60,8 +60,8 @@ def test_a_block_keeps_thirty_tensors_of_tokens_for_backward() -> None:
         return tensor
 
     x, text = torch.randn(1, 8, 100, 64).requires_grad_(), torch.randn(1, 3, 64)
-    angles = torch.randn(1, 100, 16), torch.randn(1, 8, 16)
+    turns = rope.turn(torch.randn(1, 100, 16)), rope.turn(torch.randn(1, 8, 16))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(x, torch.randn(1, 6 * 64, requires_grad=True), text, torch.ones(1, 3, dtype=torch.bool), *angles)
+        block(x, torch.randn(1, 6 * 64, requires_grad=True), text, torch.ones(1, 3, dtype=torch.bool), *turns)
     size = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
     assert 25 < size / (4 * x.numel()) < 33

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.network.rope import Turn
+
 EPSILON = 1e-6
 """Of every norm."""
 _native = cast(Any, torch.ops.aten)
@@ -27,10 +29,9 @@ def norm(x: Tensor) -> Tensor:
     return _Norm.apply(x)
 
 
-def head_norm(x: Tensor, weight: Tensor, angles: Tensor | None) -> Tensor:
-    """RMSNorm of each head, x [B, N, H, size], times `weight` [size]; then RoPE if there are `angles`
-    [B or 1, N, size / 2]."""
-    return _HeadNorm.apply(x, weight, *((None, None) if angles is None else (angles.cos(), angles.sin())))
+def head_norm(x: Tensor, weight: Tensor, turn: Turn | None) -> Tensor:
+    """RMSNorm of each head, x [B, N, H, size], times `weight` [size]; then RoPE if there is a `turn`."""
+    return _HeadNorm.apply(x, weight, *(turn or (None, None)))
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -66,7 +67,6 @@ class _HeadNorm(_Function):
         unit = x * inverse
         if cos is None or sin is None:
             return unit.mul_(weight)
-        cos, sin = cos[:, :, None], sin[:, :, None]
         out = unit * (torch.cat([cos, cos], dim=-1) * weight)
         out[..., :half].addcmul_(unit[..., half:], sin * weight[half:], value=-1)
         out[..., half:].addcmul_(unit[..., :half], sin * weight[:half])
@@ -78,7 +78,6 @@ class _HeadNorm(_Function):
         x, weight, inverse, cos, sin = ctx.saved_tensors
         size, half = x.shape[-1], x.shape[-1] // 2
         if cos is not None:  # turn it back
-            cos, sin = cos[:, :, None], sin[:, :, None]
             turned = torch.mul(grad, torch.cat([cos, cos], dim=-1), out=grad.new_empty(x.shape))
             turned[..., :half].addcmul_(grad[..., half:], sin)
             turned[..., half:].addcmul_(grad[..., :half], sin, value=-1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.config import NetworkConfig
 from model.network import fused, rope
+from model.network.rope import Turn
 
 EXPLICIT_BELOW = 64
 """Sequences shorter than this use a written-out softmax: SDPA's backward over many tiny sequences is slow on CPU."""
@@ -36,12 +37,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        """x [B, N, heads, size], angles [B or 1, N, size / 2]."""
+    def forward(self, x: Tensor, turn: Turn | None) -> Tensor:
+        """x [B, N, heads, size]."""
         if fused.applies_to(x):
-            return fused.head_norm(x, self.weight, angles)
+            return fused.head_norm(x, self.weight, turn)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + fused.EPSILON) * self.weight
-        return x if angles is None else rope.rotate(x, angles)
+        return x if turn is None else rope.rotate(x, turn)
 
 
 class Attention(nn.Module):
@@ -59,16 +60,16 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(head_size) if qk_norm else None
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, angles: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, context: Tensor | None = None, *, turn: Turn | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """x [B, N, D]; context [B, M, D]; angles [B or 1, N, head/2]; mask bool [B, M], True = attend."""
+        """x [B, N, D]; context [B, M, D]; turn of RoPE; mask bool [B, M], True = attend."""
         source = x if context is None else context
         query = rearrange(self.query(x), "b n (h d) -> b n h d", h=self.num_heads)
         key, value = rearrange(self.key_value(source), "b m (two h d) -> two b m h d", two=2, h=self.num_heads)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query, angles), self.key_norm(key, angles)
-        elif angles is not None:
-            query, key = rope.rotate(query, angles), rope.rotate(key, angles)
+            query, key = self.query_norm(query, turn), self.key_norm(key, turn)
+        elif turn is not None:
+            query, key = rope.rotate(query, turn), rope.rotate(key, turn)
         out = _attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, causal=self.causal)
         return self.output(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -126,11 +127,11 @@ class Block(nn.Module):
         modulation: Tensor,
         text: Tensor,
         text_mask: Tensor,
-        spatial_angles: Tensor | None,
-        temporal_angles: Tensor | None,
+        spatial_turn: Turn | None,
+        temporal_turn: Turn | None,
     ) -> Tensor:
-        """x [B, T, S, D]; modulation [B, 6D or 9D], or [B, D] for the block's own AdaLN; text [B, L, D]; angles as
-        `Attention`."""
+        """x [B, T, S, D]; modulation [B, 6D or 9D], or [B, D] for the block's own AdaLN; text [B, L, D]; turns of
+        RoPE."""
         if self.modulation is not None:
             modulation = self.modulation(modulation)
         vectors = modulation.chunk(modulation_vectors(self.config), dim=-1)
@@ -138,14 +139,14 @@ class Block(nn.Module):
         frames, tokens = x.shape[1], x.shape[2]
 
         h = rearrange(modulate(norm(x), shift_attention, scale_attention), "b t s d -> (b t) s d")
-        h = self._post_norm(self.spatial(h, angles=spatial_angles))
+        h = self._post_norm(self.spatial(h, turn=spatial_turn))
         x = torch.addcmul(x, rearrange(h, "(b t) s d -> b t s d", t=frames), gate_attention[:, None, None])
 
         if self.temporal is not None:
             h = norm(x.transpose(1, 2))  # moved before the norm, which copies anyway
             if self.config.temporal_modulation:
                 h = modulate(h, shift=vectors[6], scale=vectors[7])
-            h = self._post_norm(self.temporal(rearrange(h, "b s t d -> (b s) t d"), angles=temporal_angles))
+            h = self._post_norm(self.temporal(rearrange(h, "b s t d -> (b s) t d"), turn=temporal_turn))
             h = rearrange(h, "(b s) t d -> b t s d", s=tokens)
             x = x + (vectors[8][:, None, None] * h if self.config.temporal_modulation else h)
 

@@ -7,6 +7,9 @@ channel i + n/2 of a head form one rotated pair, which exports as two slices and
 import torch
 from torch import Tensor
 
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines [B or 1, N, 1, size // 2] of angles: one computation for all heads and all blocks."""
+
 
 def angles_1d(positions: Tensor, size: int, theta: float) -> Tensor:
     """Angles [..., size // 2] of `positions` [...] for a head slice of `size` channels."""
@@ -19,9 +22,14 @@ def angles_2d(rows: Tensor, columns: Tensor, size: int, theta: float) -> Tensor:
     return torch.cat([angles_1d(rows, size // 2, theta), angles_1d(columns, size // 2, theta)], dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate heads x [B, N, heads, size] by `angles` [B or 1, N, size // 2]."""
-    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+def turn(angles: Tensor) -> Turn:
+    """Of `angles` [B or 1, N, size // 2]."""
+    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+
+
+def rotate(x: Tensor, turn: Turn) -> Tensor:
+    """Rotate heads x [B, N, heads, size]."""
+    cos, sin = turn
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

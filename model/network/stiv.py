@@ -17,6 +17,7 @@ from model.network.image import ImageTokens
 from model.network.layers import Block, FinalLayer, ScalarEmbedder, TextProjection, modulation_vectors, norm
 from model.network.masking import Kept
 from model.network.positions import LearnedPositions, sinusoids, spatial_angles, temporal_angles
+from model.network.rope import Turn, turn
 
 MICRO_GROUPS = [2, 2, 1, 1]
 """Scalars a group of micro-conditions: original size, crop corner, frame stride, number of frames."""
@@ -93,12 +94,13 @@ class STIV(nn.Module):
             masked_depth = config.depth - config.unmasked_depth
             kept = Kept(keep, keep_frames)
             x = kept.gather(x)
-            kept_angles = kept.angles(*angles, frames=x.shape[1], tokens=x.shape[2])
+            kept_turns = _turns(kept.angles(*angles, frames=x.shape[1], tokens=x.shape[2]))
             for block in self.blocks[:masked_depth]:
-                x = block(x, modulation, text, text_mask, *kept_angles)
+                x = block(x, modulation, text, text_mask, *kept_turns)
             x = kept.scatter(x, self.mask_token, frames, height * width)
+        turns = _turns(angles)
         for block in self.blocks[masked_depth:]:
-            x = block(x, modulation, text, text_mask, *angles)
+            x = block(x, modulation, text, text_mask, *turns)
         return self._unpatchify(self.final(x, condition), height, width)
 
     def _context(
@@ -174,3 +176,9 @@ class STIV(nn.Module):
         for linear in closed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+
+def _turns(angles: tuple[Tensor | None, Tensor | None]) -> tuple[Turn | None, Turn | None]:
+    """RoPE's cosines and sines, spatial and temporal."""
+    spatial, temporal = angles
+    return (None if spatial is None else turn(spatial)), (None if temporal is None else turn(temporal))
