@@ -134,7 +134,8 @@ def vbench_videos(
     """Draw the videos of a suite in the layout that the `vbench` package scores."""
     from rich.progress import Progress
 
-    from infra.evaluation import draw_suite, fetch_trained
+    from infra.evaluation import draw_suite
+    from infra.trained import fetch_trained
 
     trained = fetch_trained(_registry(store), ref, work)
     with Progress(console=console) as progress:

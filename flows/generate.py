@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from infra.evaluation import MAX_IMAGE_PIXELS, fetch_trained
+from infra.evaluation import MAX_IMAGE_PIXELS
 from infra.registry import Registry
 from infra.serving import media
+from infra.trained import fetch_trained
 from model.config import SamplingConfig, VideoConfig
 from model.data.scenes import VIDEO_SUFFIXES, read_frames
 from model.generation import Clip, ClipGenerator, denoise_steps, to_frames

@@ -15,10 +15,9 @@ from export.onnx import export_onnx
 from export.parity import BOUND, ParityReport, check_parity
 from infra.refs import CANDIDATE
 from infra.registry import Manifest, Registry, evaluate_gate
+from infra.trained import fetch_trained
 from model.config import GateRule
-from model.recipe import StageRecipe, dumps, loads_stage
-from model.training.evaluate import load_network
-from model.vae import load_codec
+from model.recipe import StageRecipe, dumps
 from monitoring import metrics as measured
 
 logger = logging.getLogger(__name__)
@@ -43,15 +42,10 @@ def export_engine(registry: Registry, ref: str, work: Path, *, who: str) -> Expo
     Raises:
         ArtifactNotFound: no such ref. ParityFailed: the engine is wrong; nothing is published.
     """
-    checkpoint = registry.resolve(ref)
-    if checkpoint.kind != "checkpoint":
-        raise ValueError(f"'{ref}' is of kind '{checkpoint.kind}'; only a checkpoint can be exported")
-    trained = registry.fetch(checkpoint, work / "inputs" / checkpoint.digest[:16])
-    codec_manifest = registry.resolve(checkpoint.parents["codec"])
-    codec_folder = registry.fetch(codec_manifest, work / "inputs" / codec_manifest.digest[:16])
-    recipe = loads_stage((trained / "recipe.json").read_bytes())
+    trained = fetch_trained(registry, ref, work)
+    recipe = trained.recipe
     require_served(recipe)
-    network = load_network(recipe, trained)
+    network = trained.network()
 
     bundle_folder = work / "engine"
     shutil.rmtree(bundle_folder, ignore_errors=True)
@@ -60,15 +54,14 @@ def export_engine(registry: Registry, ref: str, work: Path, *, who: str) -> Expo
     measured.EXPORT_SECONDS.observe(exported.seconds)
     parity = check_parity(TorchEngine(network), OnnxEngine(exported.path), exported.profile, subject=exported.sha256)
     measured.PARITY_MAX_ABS_ERROR.set(parity.worst.max_abs_error)
-    codec = load_codec(codec_folder, recipe.vae)
-    bundle = write_bundle(bundle_folder, model=exported.path, codec=codec, recipe=recipe, parity=parity)
+    bundle = write_bundle(bundle_folder, model=exported.path, codec=trained.codec(), recipe=recipe, parity=parity)
     figures = {"parity_max_abs_error": parity.worst.max_abs_error, "export_seconds": exported.seconds}
     manifest = registry.publish(
         "engine",
         bundle.files,
         recipe=json.loads(dumps(recipe)),
         metrics=figures,
-        parents={"checkpoint": checkpoint.digest, "codec": codec_manifest.digest},
+        parents={"checkpoint": trained.manifest.digest, "codec": trained.codec_manifest.digest},
     )
     gate = evaluate_gate(PARITY_GATE, figures)
     registry.promote(CANDIDATE, manifest.digest, gate, who=who, why=f"exported from {ref}")

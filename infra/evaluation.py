@@ -5,21 +5,20 @@ It owns what is fetched for that, where the checkpoint computes and what is writ
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from infra.refs import DATASET
-from infra.registry import Manifest, Registry
+from infra.registry import Registry
 from infra.serving import media
+from infra.trained import Trained, fetch_trained
 from model.data.shards import ShardSet
 from model.generation import ClipGenerator, to_frames
 from model.measures.networks import NetworkCard, OnnxNetwork
 from model.measures.vbench import SuitePrompt, missing_videos, read_suite, write_seeds
-from model.recipe import StageRecipe, loads_stage
-from model.training.evaluate import Evaluation, evaluate, load_network, make_generator
+from model.training.evaluate import Evaluation, evaluate
 
 REPORT = "evaluation.json"
 MAX_IMAGE_PIXELS = 100_000_000
@@ -45,37 +44,6 @@ class EvaluationReport(BaseModel):
     """Drawn for each task."""
     networks: list[MeasuredBy]
     metrics: dict[str, float]
-
-
-@dataclass(slots=True, frozen=True)
-class Trained:
-    """A published checkpoint in folders of this machine, every digest verified."""
-
-    manifest: Manifest
-    recipe: StageRecipe
-    folder: Path
-    codec: Path
-
-    def generator(self, device: str) -> ClipGenerator:
-        """Draws clips with the network on `device`; the codec and the text encoder stay on the CPU."""
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device '{device}' is not there: this machine shows no CUDA GPU; use cpu")
-        return make_generator(self.recipe, load_network(self.recipe, self.folder).to(device), self.codec)
-
-
-def fetch_trained(registry: Registry, ref: str, work: Path) -> Trained:
-    """The checkpoint at `ref` with the codec it was trained with."""
-    manifest = registry.resolve(ref)
-    if manifest.kind != "checkpoint":
-        raise ValueError(f"'{ref}' is of kind '{manifest.kind}'; only a checkpoint can draw, such as ti2v/promoted")
-    folder = registry.fetch(manifest, work / "inputs" / manifest.digest[:16])
-    codec = registry.resolve(manifest.parents["codec"])
-    return Trained(
-        manifest,
-        loads_stage((folder / "recipe.json").read_bytes()),
-        folder,
-        registry.fetch(codec, work / "inputs" / codec.digest[:16]),
-    )
 
 
 def evaluate_checkpoint(

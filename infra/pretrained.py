@@ -15,11 +15,12 @@ import torch
 from infra.artifacts import ArtifactNotFound
 from infra.refs import CODEC, DATASET
 from infra.registry import Manifest, Registry
+from infra.trained import fetch_trained
 from model.data.shards import ShardSet
 from model.pretrained import RECIPE, SUMS, Pretrained, checksums, load_pretrained, save_pretrained
 from model.recipe import dumps, loads_stage
 from model.training import checkpoint
-from model.training.evaluate import evaluate, load_network, make_generator
+from model.training.evaluate import evaluate, make_generator
 from model.vae import HEADER, load_codec
 
 ORIGIN = f"imported/{SUMS}"
@@ -42,23 +43,17 @@ def export_pretrained(
     registry: Registry, ref: str, folder: Path, work: Path, *, dtype: torch.dtype, max_shard_size: str
 ) -> Manifest:
     """Save the EMA weights of the checkpoint at `ref` into `folder`; returns the checkpoint."""
-    source = registry.resolve(ref)
-    if source.kind != "checkpoint":
-        raise ValueError(f"'{ref}' is of kind '{source.kind}'; only a checkpoint has weights to save")
-    trained = registry.fetch(source, work / "inputs" / source.digest[:16])
-    codec_manifest = registry.resolve(source.parents["codec"])
-    codec_folder = registry.fetch(codec_manifest, work / "inputs" / codec_manifest.digest[:16])
-    recipe = loads_stage((trained / "recipe.json").read_bytes())
+    trained = fetch_trained(registry, ref, work)
     save_pretrained(
         folder,
-        load_network(recipe, trained),
-        recipe,
-        load_codec(codec_folder, recipe.vae),
+        trained.network(),
+        trained.recipe,
+        trained.codec(),
         dtype=dtype,
         max_shard_size=max_shard_size,
-        source=f"checkpoint {source.digest}",
+        source=f"checkpoint {trained.manifest.digest}",
     )
-    return source
+    return trained.manifest
 
 
 def import_pretrained(registry: Registry, folder: Path, work: Path, *, measured: bool) -> Imported:

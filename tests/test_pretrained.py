@@ -598,7 +598,7 @@ def test_an_import_passes_its_gate_only_when_it_is_measured(
 
 
 def test_only_a_checkpoint_has_weights_to_save(registry: Registry, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'codec/promoted' is of kind 'codec'; only a checkpoint"):
+    with pytest.raises(ValueError, match="'codec/promoted' is of kind 'codec'; this takes a checkpoint"):
         export_pretrained(registry, CODEC, tmp_path / "a", tmp_path / "b", dtype=torch.float32, max_shard_size="5GB")
 
 
