@@ -1,6 +1,6 @@
 """A published checkpoint measured on its held-out clips, or made to draw the videos of a benchmark's suite.
 
-It owns what is fetched for that, where the checkpoint computes and what is written; the measures are the model's.
+It owns what a checkpoint is measured on and what is written; the measures are the model's.
 """
 
 import os

@@ -57,12 +57,6 @@ class Conditions:
         """A copy that carries `image` [B, C, H, W] in the rows where `given` bool [B], and zeros in the others."""
         return replace(self, image=torch.where(given[:, None, None, None], image, 0.0), image_given=given)
 
-    def without_image(self) -> "Conditions":
-        """A copy that gives no row an image; a network that wants one still finds zeros."""
-        if self.image is None or self.image_given is None:
-            return self
-        return replace(self, image=torch.zeros_like(self.image), image_given=torch.zeros_like(self.image_given))
-
     def rows(self, index: Tensor | slice) -> "Conditions":
         return self._each(lambda x: x[index])
 

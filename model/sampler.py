@@ -4,7 +4,6 @@ Every step takes B unlike rows, each with its own time, step size, guidance scal
 batch videos that stand at different steps. It knows nothing of networks, jobs or decoding.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -170,24 +169,6 @@ def denoise_step(velocity: Velocity, latents: Tensor, step: Step, guidance: Guid
     return replace_frames(moved, interpolate(image.latents, image.noise, step.end), image.frame_mask)
 
 
-def sample(
-    velocity: Velocity,
-    noise: Tensor,
-    guidance: Guidance,
-    image: ImageCondition,
-    config: SamplingConfig,
-    *,
-    shift: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Latents [B, T, C, H, W] at t = 1 from noise of that shape; clean frames come back as given.
-
-    `config` says how the passes of `guidance` are combined; the scales a row has in `guidance` stay.
-    """
-    steps = sample_steps(velocity, noise, guidance, image, config, shift=shift, generator=generator)
-    return deque(steps, maxlen=1).pop()
-
-
 def sample_steps(
     velocity: Velocity,
     noise: Tensor,
@@ -198,7 +179,11 @@ def sample_steps(
     shift: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """What `sample` does, latents after each denoise step."""
+    """Latents [B, T, C, H, W] after each denoise step, from noise of that shape; the last are at t = 1.
+
+    Clean frames come back as given. `config` says how the passes of `guidance` are combined; the scales a row has in
+    `guidance` stay.
+    """
     guidance = guidance.configured(config)
     latents = replace_frames(noise, image.noise, image.frame_mask)
     schedule = timestep_schedule(config.num_steps, shift)

@@ -11,7 +11,7 @@ from model.conditioning import Conditions
 from model.config import FlowConfig, SamplingConfig
 from model.diffusion import as_flow, flow_time, flow_velocity, network_time
 from model.flow_matching import interpolate, path, velocity_target
-from model.sampler import Guidance, Step, denoise_step, no_image, sample
+from model.sampler import Guidance, Step, denoise_step, no_image, sample_steps
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -136,6 +136,6 @@ def test_samples_have_the_mean_and_spread_of_the_data(
     noise = torch.randn(4, 4, 8, 8, 8, generator=rng)
     config = SamplingConfig(solver=solver, stochastic=stochastic, num_steps=60, guidance="none")  # pyright: ignore[reportArgumentType]
     velocity = as_flow(best_prediction(mean, deviation))
-    drawn = sample(velocity, noise, guidance(4), no_image(noise), config, generator=rng)
+    *_, drawn = sample_steps(velocity, noise, guidance(4), no_image(noise), config, generator=rng)
     assert drawn.mean().item() == pytest.approx(mean, abs=0.05)
     assert drawn.std().item() == pytest.approx(deviation, rel=0.08)

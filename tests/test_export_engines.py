@@ -24,7 +24,7 @@ from model.conditioning import Conditions
 from model.config import SamplingConfig
 from model.network.stiv import STIV
 from model.recipe import StageRecipe
-from model.sampler import Guidance, no_image, sample
+from model.sampler import Guidance, no_image, sample_steps
 from model.vae import PatchPca
 
 TEXT, POOLED = 24, 20
@@ -197,7 +197,7 @@ def test_both_engines_draw_the_same_video(exported: Exported) -> None:
     guidance = Guidance(conditions, null, torch.tensor([2.0, 5.0]), renormalize=True)
     config = SamplingConfig(num_steps=3, stochastic=False)
     expected, found = (
-        sample(engine.denoise, noise, guidance, no_image(noise), config, shift=1.0)
+        list(sample_steps(engine.denoise, noise, guidance, no_image(noise), config, shift=1.0))[-1]
         for engine in (TorchEngine(exported.network), exported.engine)
     )
     assert (expected - noise).std() > 0.1

@@ -19,7 +19,7 @@ from model.sampler import (
     guided_velocity,
     no_image,
     renormalize,
-    sample,
+    sample_steps,
     timestep_schedule,
 )
 
@@ -53,7 +53,8 @@ def point_flow(target: Tensor) -> Callable[[Tensor, Tensor, Conditions], Tensor]
 def test_a_straight_flow_is_followed_exactly(solver: str) -> None:
     target, noise = torch.randn(SHAPE), torch.randn(SHAPE)
     config = SamplingConfig(solver=solver, stochastic=False, num_steps=5, guidance_scale=1.0)  # pyright: ignore[reportArgumentType]
-    assert torch.allclose(sample(point_flow(target), noise, guidance(), no_image(noise), config), target, atol=1e-4)
+    *_, drawn = sample_steps(point_flow(target), noise, guidance(), no_image(noise), config)
+    assert torch.allclose(drawn, target, atol=1e-4)
 
 
 def normal_flow(deviation: float) -> Callable[[Tensor, Tensor, Conditions], Tensor]:
@@ -72,7 +73,7 @@ def test_every_solver_reaches_the_spread_of_the_data(solver: str, stochastic: bo
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 4, 8, 8, 8, generator=rng)
     config = SamplingConfig(solver=solver, stochastic=stochastic, num_steps=100, guidance_scale=1.0)  # pyright: ignore[reportArgumentType]
-    drawn = sample(normal_flow(0.5), noise, guidance(4), no_image(noise), config, generator=rng)
+    *_, drawn = sample_steps(normal_flow(0.5), noise, guidance(4), no_image(noise), config, generator=rng)
     assert drawn.std().item() == pytest.approx(0.5, rel=0.06)
     assert drawn.mean().item() == pytest.approx(0.0, abs=0.03)
 
@@ -82,7 +83,7 @@ def test_heun_is_closer_than_euler_at_equal_steps() -> None:
     errors: dict[str, float] = {}
     for solver in ("euler", "heun"):
         config = SamplingConfig(solver=solver, stochastic=False, num_steps=10, guidance_scale=1.0)  # pyright: ignore[reportArgumentType]
-        drawn = sample(normal_flow(0.5), noise, guidance(), no_image(noise), config)
+        *_, drawn = sample_steps(normal_flow(0.5), noise, guidance(), no_image(noise), config)
         errors[solver] = (drawn - 0.5 * noise).abs().max().item()
     assert errors["heun"] < 0.5 * errors["euler"]
 
@@ -209,7 +210,7 @@ def test_sampling_follows_its_configuration() -> None:
     def drawn(**choices: Any) -> Tensor:
         config = SamplingConfig(solver="euler", stochastic=False, num_steps=2, **choices)
         image = ImageCondition(torch.ones(SHAPE), first_frames(2, 3), noise)
-        return sample(velocity, noise, guidance(scale=3.0), image, config)
+        return list(sample_steps(velocity, noise, guidance(scale=3.0), image, config))[-1]
 
     plain: dict[str, Any] = {"renormalize": False}
     choices: list[dict[str, Any]] = [
@@ -229,7 +230,7 @@ def test_clean_frames_come_back_as_given() -> None:
     noise = torch.randn(SHAPE)
     image = ImageCondition(clean, first_frames(2, 3), noise)
     config = SamplingConfig(solver="heun", stochastic=True, num_steps=4, guidance_scale=2.0)
-    drawn = sample(
+    *_, drawn = sample_steps(
         normal_flow(0.5), noise, guidance(scale=2.0), image, config, generator=torch.Generator().manual_seed(0)
     )
     assert torch.equal(drawn[:, 0], clean[:, 0])

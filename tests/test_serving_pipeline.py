@@ -10,7 +10,7 @@ from infra.serving.pipeline import DenoiseRow, Diverged, VideoPipeline
 from infra.serving.scheduler import Scheduler
 from model.config import FlowConfig, SamplingConfig
 from model.diffusion import as_flow
-from model.sampler import Guidance, sample
+from model.sampler import Guidance, sample_steps
 from tests.tiny_server import CLIP, image, request, tiny_pipeline, tiny_recipe
 
 
@@ -90,7 +90,7 @@ def test_a_row_is_sampled_as_the_sampler_does() -> None:
     config = SamplingConfig(solver="heun", stochastic=False, num_steps=4, guidance_scale=3.0)
     guidance = Guidance(row.conditional, row.null, torch.tensor([3.0]))
     with torch.inference_mode():
-        wanted = sample(pipeline.engine.denoise, row.latents, guidance, row.image, config)
+        *_, wanted = sample_steps(pipeline.engine.denoise, row.latents, guidance, row.image, config)
     assert torch.equal(finish(pipeline, [row])["job"], wanted)
 
 
@@ -108,7 +108,7 @@ def test_a_diffusion_network_is_served_along_the_flow_it_implies() -> None:
     row = pipeline.prepare("job", *UNLIKE["plain"])
     guidance = Guidance(row.conditional, row.null, torch.tensor([3.0]))
     with torch.inference_mode():
-        wanted = sample(as_flow(pipeline.engine.denoise), row.latents, guidance, row.image, recipe.sampling)
+        *_, wanted = sample_steps(as_flow(pipeline.engine.denoise), row.latents, guidance, row.image, recipe.sampling)
     found = finish(pipeline, [row])["job"]
     assert torch.allclose(found, wanted, atol=1e-5)
     plain = tiny_pipeline(recipe)

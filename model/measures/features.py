@@ -1,11 +1,10 @@
-"""Feature extractors: from clips to the vectors that distributions of clips are compared in.
+"""From clips to the vectors that distributions of clips are compared in.
 
-It owns what an extractor is and one that needs no weights; networks given as files are `networks`'.
+It owns the one extractor that needs no weights; networks given as files are `networks`'.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -16,23 +15,13 @@ from torch import Tensor
 from model.measures.motion import Frames
 
 
-class FeatureExtractor(Protocol):
-    @property
-    def name(self) -> str:
-        """Names the feature space; figures of different names must not be compared."""
-        ...
-
-    def __call__(self, clips: Sequence[Frames]) -> Tensor:
-        """Features float [N, D] of N clips uint8 [T, H, W, 3]."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class PixelMotionFeatures:
-    """Coarse pixels of a few frames and where it moves; no weights, so the same everywhere.
+    """Coarse pixels of a few frames and where it moves, float [N, D] of N clips uint8 [T, H, W, 3].
 
-    Per clip: `frames` evenly spaced frames, averaged to `grid` x `grid` cells, in [0, 1], then the mean absolute
-    difference of consecutive frames (of all of them), averaged to the same cells: D = (frames + 1) * grid² * 3.
+    No weights, so the same everywhere; figures of another `name` must not be compared. Per clip: `frames` evenly spaced
+    frames, averaged to `grid` x `grid` cells, in [0, 1], then the mean absolute difference of consecutive frames (of
+    all of them), averaged to the same cells: D = (frames + 1) * grid² * 3.
     """
 
     grid: int = 8
