@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.model_step import TEXT_SIZE, Shape, ours
 from model.network.flops import training_flops
-from model.optim import AdaFactor
+from model.optim.adafactor import AdaFactor
 
 HIDDEN_3072 = Shape(hidden=3072, depth=8, heads=48, frames=10, side=16, temporal_patch=2)
 """M of the paper at 256x256 and 20 frames, its depth of 46 cut to what one card holds with its optimizer's state."""

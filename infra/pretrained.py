@@ -16,10 +16,10 @@ from infra.artifacts import ArtifactNotFound
 from infra.refs import CODEC, DATASET
 from infra.registry import Manifest, Registry
 from infra.trained import fetch_trained
+from model.checkpoint import folder as checkpoint
 from model.data.shards import ShardSet
 from model.pretrained import RECIPE, SUMS, Pretrained, checksums, load_pretrained, save_pretrained
 from model.recipe import dumps, loads_stage
-from model.training import checkpoint
 from model.training.evaluate import evaluate, make_generator
 from model.vae import HEADER, load_codec
 

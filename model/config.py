@@ -197,7 +197,16 @@ class TrainingConfig(Config):
     global_batch_size: Positive
     micro_batch_size: Positive
     world_size: Positive = 1
+    sequence_parallel: Positive = 1
+    """Ranks that share a clip: each holds a part of its frames, or of its places while attention runs along time."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """What the data-parallel ranks share: 0 nothing, 1 masters and optimizer state, 2 gradients too, 3 weights too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights, activations and gradients; masters, optimizer state and average are fp32 either way."""
+    activation_checkpointing: bool = False
+    """Compute a block's activations again in backward, all but self-attention's outputs (paper App. A 2.2)."""
+    compile: bool = False
+    """Run each block through torch.compile."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     seed: int = 0
@@ -210,20 +219,25 @@ class TrainingConfig(Config):
         return self.steps + self.unmasked_steps
 
     @property
+    def data_parallel(self) -> int:
+        """Groups of ranks that see clips of their own."""
+        return self.world_size // self.sequence_parallel
+
+    @property
     def gradient_accumulation_steps(self) -> int:
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        if self.global_batch_size % (self.micro_batch_size * self.world_size):
+        if self.world_size % self.sequence_parallel:
+            raise ValueError(
+                f"world_size {self.world_size} is not a multiple of sequence_parallel {self.sequence_parallel}"
+            )
+        if self.global_batch_size % (self.micro_batch_size * self.data_parallel):
+            ranks = "world_size" if self.sequence_parallel == 1 else "world_size / sequence_parallel"
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size"
-                f" {self.micro_batch_size} x world_size {self.world_size}"
-            )
-        if self.zero_stage != 0:
-            raise ValueError(
-                f"zero_stage {self.zero_stage} would flatten parameters, and AdaFactor's row and column statistics"
-                " would silently be wrong; use zero_stage = 0"
+                f" {self.micro_batch_size} x {ranks} {self.data_parallel}"
             )
         return self
 

@@ -80,6 +80,7 @@ class StageRecipe(Config):
             raise ValueError(f"{what} needs network.temporal_attention = true")
         self._check_conditioning()
         self._check_grid()
+        self._check_parallel()
         if not self.gate:
             raise ValueError("gate is empty: a stage without a rule could never be refused; add at least one [[gate]]")
         return self
@@ -119,6 +120,29 @@ class StageRecipe(Config):
         grid, learned = self.token_grid, self.network.learned_grid
         if learned is not None and any(own > most for own, most in zip(grid, learned, strict=True)):
             raise ValueError(f"network.learned_grid {learned} is smaller than the clip's token grid {grid}")
+
+    def _check_parallel(self) -> None:
+        training = self.training
+        if training.zero_stage == 3 and self.optimizer.type == "adafactor":
+            raise ValueError(
+                "training.zero_stage 3 cuts every parameter across ranks, where AdaFactor's row and column statistics"
+                " are not exact; use zero_stage 2, or optimizer.type 'adamw'"
+            )
+        if training.zero_stage == 3 and training.compile:
+            raise ValueError("training.zero_stage 3 gathers weights by hooks that compile breaks; set compile = false")
+        ranks = training.sequence_parallel
+        if ranks == 1:
+            return
+        if training.zero_stage == 3:
+            raise ValueError(f"training.sequence_parallel {ranks} is proven up to zero_stage 2; lower one of them")
+        if training.temporal_mask_ratio:
+            raise ValueError(f"training.sequence_parallel {ranks} and temporal_mask_ratio both cut frames; drop one")
+        frames, rows, columns = self.token_grid
+        places = rows * columns
+        kept = max(1, round(places * (1 - training.mask_ratio)))
+        for what, count in (("token frames", frames), ("tokens a frame", places), ("kept tokens a frame", kept)):
+            if count % ranks:
+                raise ValueError(f"training.sequence_parallel {ranks} does not divide the clip's {count} {what}")
 
 
 class Curriculum(Config):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.training.checkpoint import (
+from model.checkpoint.folder import (
     CheckpointCorrupt,
     TrainState,
     digest_of,

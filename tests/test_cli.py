@@ -40,7 +40,7 @@ def test_recipe_prints_the_resolved_tree_with_overrides(stiv: Stiv) -> None:
         (("recipe", "tinny"), ["tinny", "built in: ['m', 'tiny', 'xl', 'xxl']"]),
         (("recipe", "tiny", "--set", "t2v.training.stpes=7"), ["t2v.training.stpes", "did you mean 'steps'"]),
         (("recipe", "tiny", "--set", "t2v.network.num_heads=7"), ["hidden_size 160", "num_heads 7"]),
-        (("recipe", "tiny", "--set", "*.training.zero_stage=2"), ["zero_stage 2", "use zero_stage = 0"]),
+        (("recipe", "tiny", "--set", "*.training.zero_stage=3"), ["zero_stage 3", "use zero_stage 2"]),
         (("train", "t2w"), ["no stage 't2w'", "t2i"]),
         (("export", "t2v/promoted", "--store", "store"), ["t2v/promoted"]),
         (("serve", "engine/candidate", "--store", "store"), ["engine/candidate"]),

@@ -19,9 +19,9 @@ from infra.launch.local import GangFailed, LocalGang, StageLaunch, command, envi
 from infra.launch.stage import run_stage
 from infra.registry import Registry
 from infra.store import open_store
+from model.checkpoint import folder as checkpoint
 from model.config import CorpusConfig, GateRule
 from model.recipe import Curriculum, StageRecipe
-from model.training import checkpoint
 from model.training.prepare import latest_of
 from model.training.run import RunFolders, read_progress
 from tests.tiny_stage import Inputs, stage, write_inputs

@@ -16,6 +16,7 @@ from torch import Tensor
 from flows import cli
 from infra.registry import Registry
 from infra.store import open_store
+from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions
 from model.data.clips import SHAPES_SOURCE, shape_samples
 from model.data.moving_shapes import generate
@@ -25,7 +26,6 @@ from model.measures.networks import OnnxNetwork
 from model.network.stiv import STIV
 from model.recipe import StageRecipe, dumps
 from model.text import load_text_encoder
-from model.training import checkpoint
 from model.training.evaluate import TIMES, evaluate
 from model.vae import PatchPca
 from tests.test_measures_networks import write_network

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from model.config import OptimizerConfig
-from model.ema import Ema
-from model.optim import AdaFactor, AdamW, StageOptimizer, corrected_beta2, learning_rate, make_optimizer
+from model.optim.adafactor import AdaFactor, corrected_beta2
+from model.optim.choice import learning_rate, make_optimizer
+from model.optim.ema import Ema
+from model.optim.optimizer import AdamW, StageOptimizer
 
 SHAPES = [(6, 5), (6, 5), (7,), (3, 2, 2, 2), (), (1, 4), (5, 6)]
 

@@ -22,12 +22,12 @@ from infra.pretrained import export_pretrained, import_pretrained
 from infra.refs import CODEC, DATASET
 from infra.registry import PromotionRefused, Registry, evaluate_gate
 from infra.store import open_store
+from model.checkpoint import folder as checkpoint
 from model.config import FlowConfig, GateRule, NetworkConfig, VaeConfig
 from model.network.stiv import STIV
 from model.pretrained import checksums, load_pretrained, load_transformer, save_pretrained, scheduler_config
 from model.recipe import StageRecipe
 from model.sampler import timestep_schedule
-from model.training import checkpoint
 from model.training.evaluate import load_network, make_generator
 from model.training.prepare import begin
 from model.vae import AutoencoderKlCodec, PatchPca, load_codec

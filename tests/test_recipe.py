@@ -77,7 +77,7 @@ def test_a_later_override_wins(recipe: Path) -> None:
         ("videos.temporal_parent='videos'", ["'videos' takes temporal attention from 'videos'", "['images']"]),
         ("videos.temporal_parent='images'", ["temporal attention from 'images', which has none"]),
         ("videos.training.micro_batch_size=3", ["global_batch_size 8", "micro_batch_size 3", "world_size 1"]),
-        ("videos.training.zero_stage=2", ["zero_stage 2", "use zero_stage = 0"]),
+        ("videos.training.zero_stage=3", ["zero_stage 3", "use zero_stage 2", "optimizer.type 'adamw'"]),
         ("videos.training.zero_stage=7", ["videos.training.zero_stage", "0, 1, 2 or 3"]),
         ("videos.training.steps=0", ["videos.training.steps", "greater than or equal to 1"]),
         ("videos.training.steps='many'", ["videos.training.steps", "valid integer"]),

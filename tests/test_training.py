@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.checkpoint import folder as checkpoint
 from model.data.moving_shapes import generate
 from model.data.shards import ShardSet
 from model.recipe import StageRecipe
 from model.text import TextEmbedding
-from model.training import checkpoint, parallel
+from model.training import parallel
 from model.training.captions import CaptionTable, captions_of
 from model.training.draws import draw
 from model.training.journal import Journal

@@ -80,8 +80,8 @@ def digest_of(rows: Mapping[str, Row], name: str, seed: int) -> str:
 def execute(rows: Mapping[str, Row], name: str, seed: int, place: Workplace) -> RunResult:
     """Train the row if it is trained, measure it, write its result. The parents' runs must be there."""
     from benchmarks.miniature.measure import measure
+    from model.checkpoint import folder as checkpoint
     from model.data.shards import ShardSet
-    from model.training import checkpoint
     from model.training.evaluate import load_network, make_generator
     from model.training.loop import train
     from model.training.run import RunFolders

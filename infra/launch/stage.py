@@ -13,8 +13,8 @@ from pathlib import Path
 from infra.launch.local import LocalGang, StageLaunch
 from infra.refs import CODEC, DATASET, promoted
 from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
+from model.checkpoint import folder as checkpoint
 from model.recipe import StageRecipe, dumps
-from model.training import checkpoint
 from model.training.run import ProgressLine, RunFolders, read_progress
 from model.vae import WEIGHTS as CODEC_WEIGHTS
 from monitoring import metrics as measured

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model import tasks
+from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions, replace_frames
 from model.config import Task
 from model.data.checker import accuracy, first_frame_psnr, observe, speed_error
@@ -30,7 +31,6 @@ from model.measures.similarity import WINDOW, mean_distance, psnr, ssim
 from model.network.stiv import STIV
 from model.recipe import StageRecipe
 from model.text import load_text_encoder
-from model.training import checkpoint
 from model.training.pictures import animate, sample_grid
 from model.vae import load_codec
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from model.optim import learning_rate
+from model.optim.choice import learning_rate
 from model.recipe import StageRecipe
 from model.training import parallel
 from model.training.journal import Journal

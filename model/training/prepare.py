@@ -11,14 +11,14 @@ from typing import cast
 
 import torch
 
+from model.checkpoint import folder as checkpoint
 from model.data.loader import ClipLoader
 from model.data.shards import INDEX, ShardSet
-from model.ema import Ema
 from model.network.stiv import STIV
-from model.optim import make_optimizer
+from model.optim.choice import make_optimizer
+from model.optim.ema import Ema
 from model.recipe import StageRecipe
 from model.text import load_text_encoder
-from model.training import checkpoint
 from model.training.captions import CaptionTable, captions_of
 from model.training.grow import grow
 from model.training.parallel import ParallelEngine, Place

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions, replace_frames
 from model.data.loader import ClipBatch, ClipLoader
-from model.ema import Ema
 from model.flow_matching import loss_weight, masked_loss, path
-from model.optim import StageOptimizer
+from model.optim.ema import Ema
+from model.optim.optimizer import StageOptimizer
 from model.recipe import StageRecipe
-from model.training import checkpoint
 from model.training.captions import CaptionTable
 from model.training.draws import Draws, draw
 from model.training.parallel import ParallelEngine

@@ -1,18 +1,18 @@
-"""AdaFactor with the paper's setting, AdamW as its baseline, and the learning-rate schedule.
+"""AdaFactor with the paper's setting.
 
-It owns AdaFactor's rule and what is kept of either's state; it knows nothing of gradient clipping, ranks or files.
+It owns the rule and its state; it knows nothing of gradient clipping, ranks or files.
 Shapes are kept, so AdaFactor is exact only where parameters keep theirs: not under an engine that flattens them (ZeRO
 stages 1 to 3).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.config import OptimizerConfig
+from model.optim.optimizer import StageOptimizer
 
 EPSILON = 1e-30
 """Added to squared gradients, so that a gradient of zero divides."""
@@ -49,50 +49,6 @@ class _Stack:
         self.momentum.mul_(beta1).addcmul_(update, scale.reshape(-1, *[1] * (update.ndim - 1)))
         for parameter, move in zip(self.parameters, self.momentum.unbind(), strict=True):
             parameter.sub_(move.view_as(parameter))
-
-
-class StageOptimizer(torch.optim.Optimizer):
-    """What a stage's optimizer offers beside its rule: one learning rate, and its state by parameter name."""
-
-    @property
-    def learning_rate(self) -> float:
-        return self.param_groups[0]["lr"]
-
-    @learning_rate.setter
-    def learning_rate(self, value: float) -> None:
-        for group in self.param_groups:
-            group["lr"] = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        # torch wraps this method so that its first call imports torch.compile's tracer: 3 s of every rank's start.
-        plain = getattr(super().add_param_group, "__wrapped__", None)
-        if plain is None:
-            super().add_param_group(param_group)
-        else:
-            plain(self, param_group)
-
-    def state_by_name(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        """`PART:NAME` for each part of the state of every parameter that has stepped, steps left out; no copies."""
-        return {
-            f"{part}:{names[cast(nn.Parameter, parameter)]}": tensor
-            for parameter, state in self.state.items()
-            for part, tensor in cast(dict[str, Tensor], state).items()
-            if part != "step"
-        }
-
-    def load_state_by_name(self, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str], step: int) -> None:
-        """Take up what `state_by_name` gave after `step` steps."""
-        wanted = {name: parameter for parameter, name in names.items()}
-        self.state.clear()
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(":")
-            if name not in wanted:
-                raise ValueError(f"optimizer state '{key}' belongs to no parameter of this network")
-            self.state[wanted[name]][part] = tensor.to(wanted[name].device)
-        self._set_step(step)
-
-    def _set_step(self, step: int) -> None:
-        raise NotImplementedError
 
 
 class AdaFactor(StageOptimizer):
@@ -159,34 +115,9 @@ class AdaFactor(StageOptimizer):
         return stacked
 
 
-class AdamW(StageOptimizer, torch.optim.AdamW):
-    """torch's AdamW; the state has parts `exp_avg` and `exp_avg_sq`."""
-
-    def _set_step(self, step: int) -> None:
-        for state in self.state.values():
-            state["step"] = torch.tensor(float(step))
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> StageOptimizer:
-    """What `config.type` names; neither decays weights."""
-    if config.type == "adamw":
-        return AdamW(parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=0.0)
-    return AdaFactor(
-        parameters, lr=config.lr, beta1=config.beta1, beta2=config.beta2, clip_threshold=config.clip_threshold
-    )
-
-
 def corrected_beta2(beta2: float, step: int) -> float:
     """Constant beta2 with its bias correction folded in: 0 at step 1, towards `beta2` later."""
     return beta2 * (1 - beta2 ** (step - 1)) / (1 - beta2**step)
-
-
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Rate of step 0, 1, …: linear warm-up, constant, and a linear fall to zero over the last `decay_steps`."""
-    factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.decay_steps:
-        factor = min(factor, max(0, total_steps - step) / config.decay_steps)
-    return config.lr * factor
 
 
 def _norms(rows: Tensor) -> Tensor:
