@@ -1,7 +1,7 @@
 """How much of a GPU's arithmetic a training step uses (MFU), over batch sizes, for the paper's shapes.
 
-It owns the step (bfloat16 forward and backward with each block compiled, then AdaFactor on float32 weights), the sweep
-and the table of peaks. MFU counts what the network needs by `model.network.flops`, not what the kernels do.
+It owns the step (bfloat16 forward and backward with each block compiled, then AdaFactor on float32 weights) and the
+sweep. MFU counts what the network needs by `model.network.flops`, not what the kernels do.
 """
 
 import statistics
@@ -15,22 +15,12 @@ from torch import nn
 from benchmarks.model_step import TEXT_SIZE, Shape, ours
 from model.network.flops import training_flops
 from model.optim.adafactor import AdaFactor
+from model.planning.gpu import GPUS, gpu_of
 
 HIDDEN_3072 = Shape(hidden=3072, depth=8, heads=48, frames=10, side=16, temporal_patch=2)
 """M of the paper at 256x256 and 20 frames, its depth of 46 cut to what one card holds with its optimizer's state."""
 XL = Shape(hidden=1152, depth=28, heads=18, frames=10, side=16, temporal_patch=2)
 BATCHES = (1, 2, 4, 8, 16, 32)
-
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
-"""Dense bfloat16 operations a second by the makers' data sheets; the first name that the card's contains."""
 
 
 def mfu_figures(*, quick: bool) -> dict[str, float]:
@@ -50,10 +40,10 @@ def mfu_figures(*, quick: bool) -> dict[str, float]:
 
 
 def peak_of(card: str) -> float:
-    for name, peak in PEAKS.items():
-        if name in card:
-            return peak
-    raise ValueError(f"no peak is known for '{card}'; known are {sorted(PEAKS)}: add its dense bfloat16 peak to PEAKS")
+    gpu = gpu_of(card)
+    if gpu is None:
+        raise ValueError(f"no peak is known for '{card}'; known are {sorted(GPUS)}: add it to model/planning/gpu.py")
+    return gpu.bf16
 
 
 def shape_of(shape: Shape, side: int, batch: int) -> Shape:

@@ -4,12 +4,12 @@ It owns the card's content; it does not know where progress comes from, nor anyt
 `current.card` in a step decorated with `@card(type="blank")`, or by `current.card[ID]` where it has an id.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from metaflow.cards import Image, Markdown, MetaflowCardComponent, ProgressBar, Table, VegaChart  # pyright: ignore[reportPrivateImportUsage]
 
-from flows.curves import loss_points
+from flows.curves import ACCOUNTS, loss_points, time_parts
 from flows.figures import duration, figure, percent, task_name
 from infra.registry import GateReport
 from model.recipe import StageRecipe
@@ -40,10 +40,12 @@ class TrainingCard:
         self._bar = ProgressBar(max=recipe.training.total_steps, label="optimizer steps", value=0)
         self._state = Markdown("waiting for the first step")
         self._chart = VegaChart(_loss_spec([], recipe.training.total_steps))
+        self._time = VegaChart(_time_spec({}))
         card.append(Markdown(f"# {recipe.name}: {task_name(recipe.task)}"), id="title")
         card.append(self._bar, id="progress")
         card.append(self._state, id="state")
         card.append(self._chart, id="loss")
+        card.append(self._time, id="time")
         card.refresh()
 
     def update(self, progress: Sequence[ProgressLine]) -> None:
@@ -56,6 +58,8 @@ class TrainingCard:
         """Add what evaluation and gate made of the checkpoint; Metaflow draws the card once more as the step ends."""
         if outcome.progress:
             self._show(outcome.progress)
+        if outcome.booked is not None:
+            self._time.update(_time_spec(outcome.booked.seconds))  # pyright: ignore[reportUnknownMemberType]
         parts: list[tuple[str, MetaflowCardComponent]] = [
             ("verdict", Markdown(f"## Gate: {'promoted' if outcome.gate.passed else 'refused'}")),
             ("gate", _gate_table(outcome.gate)),
@@ -78,8 +82,21 @@ class TrainingCard:
             f"loss **{figure(last.loss)}** · {figure(last.samples_per_second)} samples/s · "
             f"{duration(last.step_seconds)} a step · gradient norm {figure(last.grad_norm)} · "
             f"learning rate {last.learning_rate:.2g} · trained for {duration(last.elapsed_seconds)}"
+            + "".join(f" · {words}" for words in _efficiency(last))
         )
         self._chart.update(_loss_spec(progress, last.total_steps))  # pyright: ignore[reportUnknownMemberType]
+        self._time.update(_time_spec(last.spent_seconds or {}))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _efficiency(line: ProgressLine) -> Iterator[str]:
+    """How well the hardware is used, as far as it is known."""
+    for name, share in (("goodput", line.goodput), ("MFU", line.mfu), ("HFU", line.hfu)):
+        if share is not None:
+            yield f"{name} **{percent(share)}**"
+    if line.data_wait_seconds is not None:
+        yield f"{percent(line.data_wait_seconds / line.step_seconds)} of a step waits for data"
+    if line.straggler_ratio is not None:
+        yield f"slowest rank {line.straggler_ratio:.2f} \N{MULTIPLICATION SIGN} the median"
 
 
 def _gate_table(gate: GateReport) -> Table:
@@ -117,4 +134,34 @@ def _loss_spec(progress: Sequence[ProgressLine], total_steps: int) -> dict[str, 
                 "encoding": {"x": x, "y": {**y, "field": "average"}, "tooltip": tooltip},
             },
         ],
+    }
+
+
+def _time_spec(spent_seconds: Mapping[str, float]) -> dict[str, object]:
+    """A Vega-Lite chart: the run's time as one bar, a colour for what it was spent on."""
+    values = [
+        {"spent on": part.words, "seconds": round(part.seconds, 3), "percent": part.share, "order": order}
+        for order, part in enumerate(time_parts(spent_seconds))
+    ]
+    words, colors = zip(*ACCOUNTS.values(), strict=True)
+    scale = {"domain": words, "range": colors}
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "data": {"values": values},
+        "height": 40,
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "x": {"field": "seconds", "type": "quantitative", "title": "where the time went, in seconds"},
+            "color": {
+                "field": "spent on",
+                "type": "nominal",
+                "scale": scale,
+                "legend": {"orient": "bottom", "title": None},
+            },
+            "order": {"field": "order", "type": "quantitative"},
+            "tooltip": [
+                {"field": "spent on", "type": "nominal"},
+                *({"field": name, "type": "quantitative"} for name in ("seconds", "percent")),
+            ],
+        },
     }

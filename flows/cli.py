@@ -36,6 +36,26 @@ def recipe(name: RecipeArgument = "tiny", overrides: SetOption = None) -> None:
 
 
 @app.command()
+def plan(
+    name: RecipeArgument = "tiny",
+    gpus: Annotated[int | None, typer.Option(help="how many; the recipe's world_size unless said")] = None,
+    gpu: Annotated[str, typer.Option(help="b200, h200, h100, h100_pcie, a100, l40s or l4")] = "h200",
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the whole plan as JSON")] = False,
+) -> None:
+    """Predict memory, speed and cost of a curriculum on given GPUs, and its best layouts (docs/plan.md)."""
+    from flows import plan as shown
+    from model.planning.gpu import gpu_named
+    from model.planning.plan import plan as run
+
+    planned = run(_load(name, overrides), gpu_named(gpu), gpus)
+    if as_json:
+        print(shown.as_json(planned))
+    else:
+        shown.show(planned, console)
+
+
+@app.command()
 def ingest(
     name: RecipeArgument = "tiny",
     videos: Annotated[Path | None, typer.Option(help="folder of video files, each with VIDEO.json beside it")] = None,

@@ -1,16 +1,30 @@
-"""A training run's loss as a curve: thinned and smoothed points, and their places in an SVG.
+"""A training run in pictures: its loss as a curve, thinned and smoothed, and its time as a bar; places in an SVG.
 
 It owns the arithmetic that the live card and the report share; it draws nothing itself.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from model.training.run import ProgressLine
+from monitoring.goodput import Account
 
 POINTS = 400
 """A curve has no more points than this, however long the run."""
+
+
+ACCOUNTS: Mapping[Account, tuple[str, str]] = {
+    "step": ("optimizer steps", "#2f6fdb"),
+    "data_wait": ("waiting for data", "#e69f00"),
+    "checkpoint_stall": ("stalled by checkpoints", "#56b4e9"),
+    "compile": ("compiling", "#cc79a7"),
+    "init": ("starting", "#8a94a0"),
+    "evaluation": ("evaluating", "#009e73"),
+    "lost_to_restart": ("lost to restarts", "#d55e00"),
+    "idle": ("idle", "#c9ced5"),
+}
+"""What time is spent on, in words, and its colour, one that the colour-blind tell from the others; the useful first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +42,18 @@ class Tick:
 
     at: float
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimePart:
+    """A part of a run's time; where it begins and how long it is, in percent of the whole."""
+
+    account: Account
+    words: str
+    color: str
+    seconds: float
+    begin: float
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +130,20 @@ def loss_plot(
         ),
         marker=None if marker is None else x(marker),
     )
+
+
+def time_parts(spent_seconds: Mapping[str, float]) -> list[TimePart]:
+    """Where a run's time went, the parts one after the other; what took none is left out."""
+    total = sum(spent_seconds.values())
+    parts: list[TimePart] = []
+    begin = 0.0
+    for account, (words, color) in ACCOUNTS.items():
+        seconds = spent_seconds.get(account, 0.0)
+        if seconds > 0:
+            share = 100 * seconds / total
+            parts.append(TimePart(account, words, color, seconds, round(begin, 2), round(share, 2)))
+            begin += share
+    return parts
 
 
 def _mean_around(losses: Sequence[float], index: int, *, reach: int) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from flows.curves import loss_plot
+from flows.curves import loss_plot, time_parts
 from flows.figures import TASKS, count, decibel, duration, error, figure, percent, task_name
 from flows.results import DemoReport, StageResult
 from model.data.moving_shapes import COLORS, DIRECTIONS, SHAPES
@@ -89,6 +89,7 @@ def render(report: DemoReport) -> str:
         accuracy=list(_accuracy(report.stages)),
         chance=_chance(),
         plots=[loss_plot(stage.progress, marker=stage.unmasked_from) for stage in report.stages],
+        times=[time_parts(stage.spent_seconds) for stage in report.stages],
     )
 
 

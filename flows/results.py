@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from infra.registry import GateReport
 from model.recipe import StageRecipe
 from model.training.run import ProgressLine
+from monitoring.goodput import Booked
 
 if TYPE_CHECKING:  # a flow's imports run anew for every refresh of a card, and this one is PyTorch
     from infra.launch.stage import StageOutcome
@@ -33,6 +34,21 @@ class StageResult:
     """PNG: a caption a row, its frames beside it."""
     animations: Mapping[str, Path]
     """Task -> animated WebP of the first samples."""
+    booked: Booked | None = None
+    """Where its time went, evaluation included."""
+
+    @property
+    def spent_seconds(self) -> Mapping[str, float]:
+        """By account: of the whole stage, or as far as its training tells; empty where nothing was booked."""
+        if self.booked is not None:
+            return self.booked.seconds
+        return (self.progress[-1].spent_seconds if self.progress else None) or {}
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of that time that went into optimizer steps that count."""
+        spent = self.spent_seconds
+        return spent["step"] / sum(spent.values()) if spent else None
 
     @property
     def unmasked_from(self) -> int | None:
@@ -52,6 +68,7 @@ def stage_result(recipe: StageRecipe, outcome: "StageOutcome") -> StageResult:
         gate=outcome.gate,
         grid=outcome.grid,
         animations=outcome.animations,
+        booked=outcome.booked,
     )
 
 

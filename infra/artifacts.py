@@ -118,10 +118,15 @@ class ArtifactStore(ABC):
     def exists(self, key: str) -> bool:
         return self._size(check_key(key)) is not None
 
-    def put_file(self, path: Path) -> Blob:
-        """Store a file under its digest; a blob already there in full length is not sent again."""
+    def put_file(self, path: Path, known: Blob | None = None) -> Blob:
+        """Store a file under its digest; a blob already there in full length is not sent again.
+
+        Who has hashed the bytes as they were written says so by `known`, and they are not read twice.
+        """
         before = path.stat()
-        blob = blob_of(path)
+        blob = known or blob_of(path)
+        if before.st_size != blob.size:
+            raise ValueError(f"{path} has {before.st_size} bytes where {blob.size} were written; write it again")
         key = blob_key(blob.digest)
         if self._size(key) == blob.size:
             return blob
@@ -131,6 +136,10 @@ class ArtifactStore(ABC):
             self._discard(key)
             raise ValueError(f"{path} changed while it was being stored; store it again once nothing writes to it")
         return blob
+
+    def delete(self, key: str) -> None:
+        """Remove an object for good; one that is not there is no error. Only for who knows that nobody needs it."""
+        self._discard(check_key(key))
 
     def fetch_file(self, digest: str, to: Path) -> None:
         """Copy a blob to `to`, which appears only whole and only if the bytes have the digest."""

@@ -179,6 +179,8 @@ class OptimizerConfig(Config):
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     clip_threshold: Annotated[float, Field(gt=0)] = 1.0
     """AdaFactor's limit on the root mean square of an update."""
+    momentum: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which AdaFactor keeps its momentum, the one part of its state as large as the weights."""
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
     decay_steps: Annotated[int, Field(ge=0)] = 0
     """Last steps over which the rate falls linearly to zero; 0 keeps it constant, as the paper does."""
@@ -233,6 +235,12 @@ class TrainingConfig(Config):
             raise ValueError(
                 f"world_size {self.world_size} is not a multiple of sequence_parallel {self.sequence_parallel}"
             )
+        if self.precision == "bf16" and self.zero_stage < 2 and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"precision 'bf16' at zero_stage {self.zero_stage} would add up {self.gradient_accumulation_steps}"
+                " micro-batches' gradients in bf16; zero_stage 2 adds them up in fp32, or raise micro_batch_size to"
+                f" {self.global_batch_size // self.data_parallel}"
+            )
         if self.global_batch_size % (self.micro_batch_size * self.data_parallel):
             ranks = "world_size" if self.sequence_parallel == 1 else "world_size / sequence_parallel"
             raise ValueError(
@@ -242,11 +250,34 @@ class TrainingConfig(Config):
         return self
 
 
+class BucketConfig(Config):
+    """A shape that some steps train on."""
+
+    num_frames: Positive
+    """1 is an image: its caption is a still's, its task t2i, and it is repeated where a token covers more frames."""
+    height: Positive
+    width: Positive
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Relative share of the steps."""
+
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+
 class DataConfig(Config):
-    """Which parts of the data set a stage draws from, and how often."""
+    """Which parts of the data set a stage draws from, how often, in which shapes, and by how many processes."""
 
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"moving_shapes": 1.0})
     """Source name in the shards -> relative sampling weight."""
+    buckets: tuple[BucketConfig, ...] = ()
+    """Shapes to train on, one a step on all ranks; empty is the stage's `video` alone. A micro-batch holds as many
+    clips of a shape as fit into the tokens of `micro_batch_size` clips of `video`."""
+    shuffle_shards: Annotated[int, Field(ge=0)] = 0
+    """Shards whose clips are mixed at a time; 0 mixes the whole set. Keep it below what the shard cache holds."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes a rank has for reading, decoding and cutting clips ahead; 0 does it between steps."""
+    max_corrupt: Annotated[int, Field(ge=0)] = 0
+    """Different clips that a rank may find unreadable; each is replaced by the next of its source."""
 
 
 class SamplingConfig(Config):

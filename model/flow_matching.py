@@ -42,7 +42,10 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def masked_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean squared error over the elements that count.
+    """Mean over clips of each one's mean squared error over the elements that count.
+
+    A clip weighs the same however many of its frames were given, so the gradient of a global batch does not depend on
+    how ranks and micro-batches cut it.
 
     Args:
         velocity: prediction [B, T, C, H, W]; target: the same shape.
@@ -50,7 +53,8 @@ def masked_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> Tensor:
             and not in a masked token (MaskDiT).
     """
     weight = weight.expand_as(target)
-    return ((velocity - target).square() * weight).sum() / weight.sum().clamp_min(1.0)
+    error = ((velocity - target).square() * weight).flatten(1).sum(1)
+    return (error / weight.flatten(1).sum(1).clamp_min(1.0)).mean()
 
 
 def loss_weight(

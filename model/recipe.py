@@ -8,12 +8,14 @@ import tomllib
 from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Annotated, Self, cast
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from model.config import (
+    BucketConfig,
     ConditioningConfig,
     Config,
     CorpusConfig,
@@ -61,6 +63,36 @@ class StageRecipe(Config):
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
+        self._check_clip()
+        if self.task == "t2i" and self.video.num_frames != 1:
+            raise ValueError(f"task 't2i' trains on images: video.num_frames must be 1, not {self.video.num_frames}")
+        if not self.network.temporal_attention and (self.task != "t2i" or self.temporal_parent is not None):
+            what = f"task '{self.task}'" if self.task != "t2i" else f"temporal_parent '{self.temporal_parent}'"
+            raise ValueError(f"{what} needs network.temporal_attention = true")
+        self._check_conditioning()
+        self._check_grid()
+        self._check_parallel()
+        self._check_buckets()
+        if not self.gate:
+            raise ValueError("gate is empty: a stage without a rule could never be refused; add at least one [[gate]]")
+        return self
+
+    def in_shape(self, bucket: BucketConfig) -> Self:
+        """This recipe for the steps that train on `bucket`; of an image, frames until a token is full."""
+        image = bucket.num_frames == 1
+        size = {"height": bucket.height, "width": bucket.width}
+        num_frames = self.network.temporal_patch_size if image else bucket.num_frames
+        changed: dict[str, object] = {"video": self.video.model_copy(update={**size, "num_frames": num_frames})}
+        if image:
+            changed |= {"task": "t2i", "conditioning": self.conditioning.model_copy(update={"mix": {}})}
+        return self.model_copy(update=changed)
+
+    @property
+    def trains_on_stills(self) -> bool:
+        """Whether some of its steps are on single frames."""
+        return self.video.num_frames == 1 or any(bucket.num_frames == 1 for bucket in self.data.buckets)
+
+    def _check_clip(self) -> None:
         side = self.vae.spatial_factor * self.network.patch_size
         for axis, value in (("height", self.video.height), ("width", self.video.width)):
             if value % side:
@@ -73,17 +105,6 @@ class StageRecipe(Config):
                 f"video.num_frames {self.video.num_frames} is not a multiple of"
                 f" network.temporal_patch_size {self.network.temporal_patch_size}"
             )
-        if self.task == "t2i" and self.video.num_frames != 1:
-            raise ValueError(f"task 't2i' trains on images: video.num_frames must be 1, not {self.video.num_frames}")
-        if not self.network.temporal_attention and (self.task != "t2i" or self.temporal_parent is not None):
-            what = f"task '{self.task}'" if self.task != "t2i" else f"temporal_parent '{self.temporal_parent}'"
-            raise ValueError(f"{what} needs network.temporal_attention = true")
-        self._check_conditioning()
-        self._check_grid()
-        self._check_parallel()
-        if not self.gate:
-            raise ValueError("gate is empty: a stage without a rule could never be refused; add at least one [[gate]]")
-        return self
 
     @property
     def tasks(self) -> dict[Task, float]:
@@ -120,6 +141,27 @@ class StageRecipe(Config):
         grid, learned = self.token_grid, self.network.learned_grid
         if learned is not None and any(own > most for own, most in zip(grid, learned, strict=True)):
             raise ValueError(f"network.learned_grid {learned} is smaller than the clip's token grid {grid}")
+
+    def _check_buckets(self) -> None:
+        """A bucket must hold what the stage's own shape holds, and one clip of it fit into a micro-batch's tokens."""
+        budget = self.training.micro_batch_size * prod(self.token_grid)
+        for place, bucket in enumerate(self.data.buckets):
+            shaped, where = self.in_shape(bucket), f"data.buckets.{place} ({bucket})"
+            if bucket.num_frames > 1 and self.task == "t2i":
+                raise ValueError(f"{where}: task 't2i' trains on images, num_frames must be 1; or use another task")
+            try:
+                shaped._check_clip()
+                shaped._check_conditioning()
+                shaped._check_grid()
+                shaped._check_parallel()
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            tokens = prod(shaped.token_grid)
+            if tokens > budget:
+                raise ValueError(
+                    f"{where}: one clip has {tokens} tokens, a micro-batch holds {budget} (training.micro_batch_size"
+                    f" {self.training.micro_batch_size} clips of `video`); raise it or use a smaller shape"
+                )
 
     def _check_parallel(self) -> None:
         training = self.training

@@ -52,6 +52,11 @@ TRAINING_STEPS_TOTAL = Counter("stiv_training_steps_total", "Optimizer steps don
 TRAINING_SAMPLES_TOTAL = Counter(
     "stiv_training_samples_total", "Clips trained on by all ranks while this process ran.", registry=TRAINING
 )
+TRAINING_CORRUPT_SAMPLES_TOTAL = Counter(
+    "stiv_training_corrupt_samples_total",
+    "Different samples that rank 0 found unreadable and replaced by others.",
+    registry=TRAINING,
+)
 TRAINING_STEP_SECONDS = Histogram(
     "stiv_training_step_seconds",
     "Wall time of one optimizer step, its data included.",
@@ -69,7 +74,39 @@ TRAINING_LAST_CHECKPOINT_TIMESTAMP_SECONDS = Gauge(
     "Unix time of the last durable checkpoint; 0 while there is none.",
     registry=TRAINING,
 )
+TRAINING_TIME_SECONDS_TOTAL = Counter(
+    "stiv_training_time_seconds_total",
+    "Time of the run that this process booked, by account; what came before its first line is in it.",
+    ["account"],
+    registry=TRAINING,
+)
+TRAINING_GOODPUT_RATIO = Gauge(
+    "stiv_training_goodput_ratio",
+    "Share of the run's time, restarts and pauses included, that went into optimizer steps that count.",
+    registry=TRAINING,
+)
+TRAINING_MFU_RATIO = Gauge(
+    "stiv_training_mfu_ratio",
+    "Model FLOPs of the last logged steps over what the ranks' hardware could do; NaN where its peak is unknown.",
+    registry=TRAINING,
+)
+TRAINING_HFU_RATIO = Gauge(
+    "stiv_training_hfu_ratio",
+    "The same with the FLOPs that are computed again in backward; NaN where the hardware's peak is unknown.",
+    registry=TRAINING,
+)
+TRAINING_STRAGGLER_RATIO = Gauge(
+    "stiv_training_straggler_ratio",
+    "Own time of the slowest rank over the median rank's in the last logged steps; NaN of a single rank.",
+    registry=TRAINING,
+)
 
+STAGE_INCIDENTS_TOTAL = Counter(
+    "stiv_stage_incidents_total",
+    "Ends of a stage's ranks that nobody asked for, by kind: killed, stopped, hung or crashed.",
+    ["stage", "kind"],
+    registry=PIPELINE,
+)
 PROMOTIONS_TOTAL = Counter(
     "stiv_promotions_total",
     "Checkpoints that came to their gate, by stage and outcome: promoted or refused.",
@@ -129,7 +166,10 @@ REQUEST_REJECTED_TOTAL = Counter(
 )
 
 # Until the first measurement 0 would be a lie: a perfect loss, an exact engine.
-for _unmeasured in (TRAINING_LOSS, TRAINING_GRAD_NORM, TRAINING_LEARNING_RATE, PARITY_MAX_ABS_ERROR):
+for _unmeasured in (
+    *(TRAINING_LOSS, TRAINING_GRAD_NORM, TRAINING_LEARNING_RATE, PARITY_MAX_ABS_ERROR),
+    *(TRAINING_GOODPUT_RATIO, TRAINING_MFU_RATIO, TRAINING_HFU_RATIO, TRAINING_STRAGGLER_RATIO),
+):
     _unmeasured.set(float("nan"))
 
 

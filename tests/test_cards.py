@@ -38,7 +38,7 @@ class CardFlow(FlowSpec):
         overrides = ["t2i.training.steps=400", "t2i.training.unmasked_steps=0"]
         board = TrainingCard(current.card["training"], load(recipe_path("tiny"), overrides).stages[0])
         board.update([])
-        lines = [ProgressLine(at, 400, 1.0 + 1.0 / at, 0.5, 2e-4, 0.25, 256.0, 0.25 * at) for at in range(10, 401, 10)]
+        lines = [line(at) for at in range(10, 401, 10)]
         self.live, self.pathspec, deadline = None, current.pathspec, time.monotonic() + 120
         while not seen(self.live) and time.monotonic() < deadline:
             board.update(lines[:30])
@@ -52,6 +52,13 @@ class CardFlow(FlowSpec):
         """Leave the final card and the live data for the test."""
         cards = get_cards(self.pathspec, id="training")
         Path("found.json").write_text(json.dumps({"cards": len(cards), "html": cards[0].get(), "live": self.live}))
+
+
+def line(at):
+    """A run whose start took 25 s, with 20 ms of each step's 250 spent waiting for data."""
+    spent = {"init": 25.0, "step": 0.23 * at, "data_wait": 0.02 * at, "idle": 0.0}
+    figures = dict(data_wait_seconds=0.02, mfu=0.306, straggler_ratio=1.08, spent_seconds=spent)
+    return ProgressLine(at, 400, 1.0 + 1.0 / at, 0.5, 2e-4, 0.25, 256.0, 0.25 * at, **figures)
 
 
 def live_data(pathspec):
@@ -133,7 +140,7 @@ def of_type(components: list[Component], kind: str) -> list[Component]:
 
 def test_a_viewer_of_the_running_step_sees_its_progress(found: dict[str, Any]) -> None:
     live = cast(dict[str, Component], found["live"]["data"])
-    assert list(live) == ["title", "progress", "state", "loss"]
+    assert list(live) == ["title", "progress", "state", "loss", "time"]
     assert (live["progress"]["value"], live["progress"]["max"]) == (300, 400)
     assert live["progress"]["details"] == "about 25 s left"
     assert "256 samples/s" in json.dumps(live["state"]) and "loss **1.003**" in json.dumps(live["state"])
@@ -141,12 +148,21 @@ def test_a_viewer_of_the_running_step_sees_its_progress(found: dict[str, Any]) -
 
 
 def test_the_final_card_shows_the_whole_run(shown: list[Component]) -> None:
-    (bar,), (chart,) = of_type(shown, "progressBar"), of_type(shown, "vegaChart")
+    (bar,), (chart, _) = of_type(shown, "progressBar"), of_type(shown, "vegaChart")
     assert (bar["value"], bar["max"], bar["details"]) == (400, 400, "trained")
     assert "t2i: text to image" in json.dumps(of_type(shown, "markdown"))
     values = chart["spec"]["data"]["values"]
     assert [value["step"] for value in values] == list(range(10, 401, 10))
     assert values[0]["loss"] == 1.1
+
+
+def test_a_viewer_of_the_running_step_sees_where_its_time_goes(found: dict[str, Any]) -> None:
+    live = cast(dict[str, Component], found["live"]["data"])
+    bar = {part["spent on"]: (part["seconds"], part["percent"]) for part in live["time"]["spec"]["data"]["values"]}
+    assert bar == {"optimizer steps": (69.0, 69.0), "waiting for data": (6.0, 6.0), "starting": (25.0, 25.0)}
+    said = json.dumps(live["state"], ensure_ascii=False)
+    assert "goodput **69\xa0%** · MFU **31\xa0%** · 8\xa0% of a step waits for data" in said
+    assert "slowest rank 1.08 × the median" in said and "HFU" not in said
 
 
 def test_the_final_card_shows_gate_checkpoint_and_figures(shown: list[Component], folder: Path) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from model.config import DataConfig, Task, VideoConfig
+from model.data.batch import ClipBatch
 from model.data.clips import shape_samples
-from model.data.loader import ClipBatch, ClipLoader
+from model.data.loader import ClipLoader
 from model.data.moving_shapes import generate
-from model.data.shards import Sample, ShardSet, ShardWriter
+from model.data.shard_writer import ShardWriter
+from model.data.shards import Sample, ShardSet
 from model.tasks import draw_task
 
 
@@ -67,10 +69,11 @@ def take(batches: Iterator[ClipBatch], count: int) -> ClipBatch:
     """The next `count` batches as one."""
     taken = list(islice(batches, count))
     return ClipBatch(
-        frames=torch.cat([batch.frames for batch in taken]),
+        pixels=torch.cat([batch.pixels for batch in taken]),
         captions=[caption for batch in taken for caption in batch.captions],
         micro=torch.cat([batch.micro for batch in taken]),
         keys=[key for batch in taken for key in batch.keys],
+        numbers=[number for batch in taken for number in batch.numbers],
     )
 
 
@@ -79,7 +82,7 @@ def keys(batches: Iterator[ClipBatch], count: int) -> list[str]:
 
 
 def assert_equal(one: ClipBatch, two: ClipBatch) -> None:
-    assert one.keys == two.keys and one.captions == two.captions
+    assert one.keys == two.keys and one.captions == two.captions and one.numbers == two.numbers
     assert torch.equal(one.frames, two.frames) and torch.equal(one.micro, two.micro)
 
 
@@ -205,7 +208,7 @@ def test_an_image_stage_takes_any_frame_and_the_image_caption(shards: ShardSet) 
 
 
 def test_short_clips_are_left_out_and_counted(shards: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="model.data.loader"):
+    with caplog.at_level("INFO", logger="model.data.order"):
         batches = loader(shards, {"film": 1.0}, num_frames=4, stride=3)
     assert caplog.messages == ["excluded 1 of 7 clips of film: under 10 frames"]
     assert "short" not in take(batches, 20).keys
@@ -223,13 +226,24 @@ def test_an_unknown_source_is_refused_with_the_known_ones(shards: ShardSet) -> N
         loader(shards, {"flim": 1.0})
 
 
-@pytest.mark.parametrize("state", [{}, {"position": -1}, {"position": "3"}, {"position": 1, "epoch": 2}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"position": 3},
+        {"step": 1},
+        {"step": -1, "drawn": [4]},
+        {"step": 1, "drawn": ["4"]},
+        {"step": 1, "drawn": [4, 4]},
+        {"step": 1, "drawn": [4], "epoch": 2},
+    ],
+)
 def test_a_state_of_another_kind_is_refused(shards: ShardSet, state: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="loader state"):
         loader(shards).load_state_dict(state)
 
 
-def mixed(shards: ShardSet, mix: dict[Task, float], **fields: int) -> ClipLoader:
+def mixed(shards: ShardSet, mix: dict[Task, float], *, temporal_patch_size: int = 1) -> ClipLoader:
     """Of the films, whose blue is the number of the frame."""
     return ClipLoader(
         shards,
@@ -241,7 +255,7 @@ def mixed(shards: ShardSet, mix: dict[Task, float], **fields: int) -> ClipLoader
         seed=3,
         task="t2v",
         mix=mix,
-        **fields,
+        temporal_patch_size=temporal_patch_size,
     )
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from model.data.clips import shape_samples
+from model.data.encoding import Encoding
 from model.data.moving_shapes import generate
-from model.data.shards import Sample, ShardCorrupt, ShardSet, ShardWriter
+from model.data.shard_writer import ShardWriter
+from model.data.shards import Sample, SampleCorrupt, ShardCorrupt, ShardSet
 
 
 def samples(count: int = 5) -> list[Sample]:
@@ -33,6 +35,15 @@ def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(bytes(data))
+
+
+def drop_checksums(folder: Path) -> None:
+    """Make the index one of version 1, as sets were written before samples had checksums."""
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["samples"]:
+        for name in ("encoding", "size", "crc32", "image_caption"):
+            del entry[name]
+    (folder / "index.json").write_text(json.dumps({**index, "schema_version": 1}))
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -96,8 +107,9 @@ def test_a_flipped_byte_is_found_and_named(tmp_path: Path) -> None:
 def test_a_broken_member_is_an_error_even_without_verify(tmp_path: Path, member: str) -> None:
     shards = ShardSet(write(tmp_path, samples()))
     flip(tmp_path / "shard-00000.tar", getattr(shards.entries[0], member))
-    with pytest.raises(ShardCorrupt, match=r"shard-00000\.tar"):
+    with pytest.raises(SampleCorrupt, match=r"shard-00000\.tar: sample 'moving_shapes-000000' is corrupt"):
         shards.sample(0)
+    assert shards.sample(1).key == "moving_shapes-000001"
 
 
 def test_a_truncated_or_missing_shard_is_found_on_opening(tmp_path: Path) -> None:
@@ -115,8 +127,9 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     entry, path = shards.entries[0], tmp_path / "shard-00000.tar"
     data = path.read_bytes()
     path.write_bytes(data[: entry.offset] + data[entry.offset :].replace(b"'|u1'", b"'|O' ", 1))
-    with pytest.raises(ShardCorrupt):
-        shards.sample(0)
+    drop_checksums(tmp_path)
+    with pytest.raises(SampleCorrupt, match="frames are"):
+        ShardSet(tmp_path).sample(0)
 
 
 def test_a_set_without_its_index_is_not_a_set(tmp_path: Path) -> None:
@@ -128,7 +141,7 @@ def test_a_set_without_its_index_is_not_a_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version"),
         ({"shards": []}, "samples by shard"),
         ({"extra": 1}, "extra"),
     ],
@@ -136,7 +149,7 @@ def test_a_set_without_its_index_is_not_a_set(tmp_path: Path) -> None:
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object], reason: str) -> None:
     path = write(tmp_path, samples()) / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=r"index\.json: not a shard index of schema version 1") as refused:
+    with pytest.raises(ValueError, match=r"index\.json: not a shard index of schema version 1 or 2") as refused:
         ShardSet(tmp_path)
     assert reason in str(refused.value)
 
@@ -187,3 +200,82 @@ def test_a_sample_that_cannot_be_stored_is_refused(tmp_path: Path, bad: Sample, 
         writer.write(bad)
     assert reason in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_of_the_first_version_is_still_read(tmp_path: Path) -> None:
+    wanted = ShardSet(write(tmp_path, samples())).sample(3)
+    drop_checksums(tmp_path)
+    shards = ShardSet(tmp_path)
+    shards.verify()
+    assert np.array_equal(shards.sample(3).frames, wanted.frames)
+    assert shards.still_caption(3) == wanted.extra["image_caption"]
+
+
+def test_a_sample_without_its_checksum_is_refused_in_the_second_version(tmp_path: Path) -> None:
+    path = write(tmp_path, samples()) / "index.json"
+    index = json.loads(path.read_text())
+    index["samples"][2]["crc32"] = None
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="sample 'moving_shapes-000002' has no size or no crc32"):
+        ShardSet(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", [None, Encoding(keyframe_every=4)])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_flipped_pixel_is_a_corrupt_sample(tmp_path: Path, encoding: Encoding | None, share: float) -> None:
+    with ShardWriter(tmp_path, encoding=encoding) as writer:
+        for sample in samples():
+            writer.write(sample)
+    entry = ShardSet(tmp_path).entries[1]
+    assert entry.size is not None
+    flip(tmp_path / "shard-00000.tar", entry.offset + int(share * entry.size))
+    with pytest.raises(SampleCorrupt, match="its bytes are not those that were written"):
+        ShardSet(tmp_path).sample(1)
+
+
+def drifting(frames: int = 30) -> Sample:
+    """A smooth picture that moves a pixel a frame, so that a frame is told from its neighbours."""
+    y, x = np.mgrid[0:48, 0:64]
+    picture = np.stack([128 + 100 * np.sin(x / 5), 128 + 100 * np.cos(y / 5), 2.0 * (x + y)], -1).astype(np.uint8)
+    return Sample("d", np.stack([np.roll(picture, at, 1) for at in range(frames)]), "c", "s", "l", "c", 23.976, 48, 64)
+
+
+def test_an_encoded_clip_is_small_and_close_to_what_was_written(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, encoding=Encoding()) as writer:
+        writer.write(drifting())
+    shards = ShardSet(tmp_path)
+    read, wanted = shards.sample(0), drifting()
+    assert read.frames.shape == wanted.frames.shape and read.caption == wanted.caption and read.fps == 23.976
+    assert np.abs(read.frames.astype(int) - wanted.frames).mean() < 6
+    assert shards.index.shards[0].size < wanted.frames.nbytes / 10
+    with tarfile.open(tmp_path / "shard-00000.tar") as tar:
+        assert tar.getnames() == ["d.json", "d.mp4"]
+
+
+@pytest.mark.parametrize("encoding", [None, Encoding(keyframe_every=7)])
+@pytest.mark.parametrize("places", [[0], [29], [3, 6, 9], [0, 13, 26], [11, 11, 2], []])
+def test_frames_at_places_are_those_of_the_whole_clip(
+    tmp_path: Path, encoding: Encoding | None, places: list[int]
+) -> None:
+    with ShardWriter(tmp_path, encoding=encoding) as writer:
+        writer.write(drifting())
+    shards = ShardSet(tmp_path)
+    assert np.array_equal(shards.sample(0, places).frames, shards.sample(0).frames[places])
+
+
+def test_a_clip_that_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
+    odd = Sample("odd", np.zeros((2, 11, 14, 3), np.uint8), "c", "s", "l", "c", 8.0, 11, 14)
+    with (
+        pytest.raises(ValueError, match="frames of 11x14 cannot be encoded"),
+        ShardWriter(tmp_path, encoding=Encoding()) as writer,
+    ):
+        writer.write(odd)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_caption_of_a_still_needs_no_shard(tmp_path: Path) -> None:
+    shards = ShardSet(write(tmp_path, [*samples(), noise("n")]))
+    wanted = [shards.sample(position).extra.get("image_caption") for position in range(6)]
+    for shard in tmp_path.glob("*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    assert [shards.still_caption(position) for position in range(6)] == wanted and wanted[-1] is None

@@ -26,7 +26,7 @@ from model.data.clips import (
 )
 from model.data.moving_shapes import generate
 from model.data.scenes import VIDEO_SUFFIXES, Scene, SceneConfig, VideoError, find_videos, read_scenes
-from model.data.shards import ShardWriter
+from model.data.shard_writer import ShardWriter
 
 Frames = npt.NDArray[np.uint8]
 RED, GREEN, BLUE = (200, 30, 30), (30, 180, 40), (30, 40, 200)

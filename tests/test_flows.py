@@ -129,7 +129,7 @@ def test_a_killed_curriculum_resumes_where_it_was_and_promotes_every_stage(
     t2v_manifest, ti2v = registry.resolve(promoted("t2v")), registry.resolve(promoted("ti2v"))
     assert t2v_manifest.parents["checkpoint"] == after_t2i.digest
     assert ti2v.parents["checkpoint"] == t2v_manifest.digest
-    assert {"evaluation/samples.png", "ema.safetensors"} <= set(ti2v.files)
+    assert {"evaluation/samples.png", "ema-00000-of-00001.safetensors"} <= set(ti2v.files)
 
     for stage in ("t2v", "ti2v"):
         cards = (tmp_path / ".metaflow" / "mf.cards").glob(f"CurriculumFlow/runs/*/steps/{stage}/tasks/*/cards/*.html")

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,14 @@ from infra.launch.stage import run_stage
 from infra.registry import Registry
 from infra.store import open_store
 from model.checkpoint import folder as checkpoint
+from model.checkpoint.reader import Reader
+from model.checkpoint.state import PARTS
 from model.config import CorpusConfig, GateRule
 from model.recipe import Curriculum, StageRecipe
+from model.training.heartbeat import Heartbeat
 from model.training.prepare import latest_of
 from model.training.run import RunFolders, read_progress
+from monitoring.goodput import read
 from tests.tiny_stage import Inputs, stage, write_inputs
 
 STEPS: dict[str, Any] = {"steps": 12, "unmasked_steps": 4, "checkpoint_every": 2, "log_every": 1}
@@ -85,9 +90,8 @@ def steps_saved(folders: RunFolders) -> int:
 def final(gang: LocalGang) -> dict[str, torch.Tensor]:
     """What a run that has done all its steps leaves behind, all in one."""
     assert gang.wait(PATIENCE) == "succeeded", gang.tail()
-    state = checkpoint.load(gang.launch.folders.checkpoints / f"step-{TOTAL_STEPS:08d}")
-    parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}
-    return {f"{part}:{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    saved = Reader(gang.launch.folders.checkpoints / f"step-{TOTAL_STEPS:08d}")
+    return {f"{part}:{name}": tensor for part in PARTS for name, tensor in saved.whole(part).items()}
 
 
 def losses(gang: LocalGang) -> list[float]:
@@ -126,6 +130,7 @@ def test_two_ranks_killed_end_where_undisturbed_ones_do_bit_for_bit(
     inputs: Inputs, undisturbed: LocalGang, start: Start, tmp_path: Path
 ) -> None:
     recipe, folders = stage(world_size=2, **STEPS), inputs.folders(tmp_path / "run")
+    began = time.time_ns()
     gang = start(recipe, folders)
     until(lambda: steps_saved(folders) > 0, gang)
     kill_everything(gang)
@@ -139,6 +144,14 @@ def test_two_ranks_killed_end_where_undisturbed_ones_do_bit_for_bit(
     assert resumed.keys() == straight.keys()
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
     assert losses(gang) == losses(undisturbed)
+
+    booked, whole = read(folders.goodput), read(undisturbed.launch.folders.goodput)
+    assert booked is not None and whole is not None
+    assert (booked.restarts, whole.restarts, whole.spent["lost_to_restart"]) == (1, 0, 0)
+    assert booked.spent["lost_to_restart"] > 0 and min(booked.spent["step"], booked.spent["data_wait"]) > 0
+    assert sum(booked.spent.values()) == booked.elapsed
+    # All of it but what torchrun took before its first rank and after its last.
+    assert 0.3 * (time.time_ns() - began) < booked.elapsed < time.time_ns() - began
 
 
 def test_a_stage_grows_from_its_parent_and_says_where_it_diverged(
@@ -169,10 +182,15 @@ def test_a_joint_start_takes_time_from_one_promoted_parent_and_the_rest_from_the
     curriculum = Curriculum(name="joint", corpus=corpus, stages=(images, videos, joint))
     ingest(registry, curriculum, tmp_path / "ingest", videos=None, who="tests")
 
-    done = {
-        stage.name: run_stage(stage, registry, tmp_path / "work", who="tests", on_progress=lambda _: None).checkpoint
+    outcomes = {
+        stage.name: run_stage(stage, registry, tmp_path / "work", who="tests", on_progress=lambda _: None)
         for stage in curriculum.stages
     }
+    done = {name: outcome.checkpoint for name, outcome in outcomes.items()}
+    for outcome in outcomes.values():
+        assert outcome.booked is not None and outcome.booked.restarts == 0
+        spent = outcome.booked.seconds
+        assert all(spent[account] > 0 for account in ("init", "step", "checkpoint_stall", "evaluation"))
     parents = done["joint"].parents
     assert (parents["checkpoint"], parents["temporal_checkpoint"]) == (done["t2i"].digest, done["t2v"].digest)
 
@@ -188,7 +206,7 @@ def test_a_joint_start_takes_time_from_one_promoted_parent_and_the_rest_from_the
         weights["t2i"]["blocks.0.spatial.query.weight"], weights["t2v"]["blocks.0.spatial.query.weight"]
     )
 
-    state = checkpoint.load(tmp_path / "fetched" / "joint")
+    state = Reader(tmp_path / "fetched" / "joint")
     assert {"initial", "initial_temporal"} <= state.inputs.keys()
     run = RunFolders(tmp_path, tmp_path, tmp_path / "work" / "joint")
     other = {**state.inputs, "initial_temporal": state.inputs["initial"]}
@@ -212,6 +230,46 @@ def short(task: str, *, lr: float, **fields: Any) -> StageRecipe:
         **fields,
     }
     return StageRecipe.model_validate(made)
+
+
+FAILURES = """
+W1122 23:00:00.0 11 torch/distributed/elastic/multiprocessing/api.py:1] Sending process 103 closing signal SIGTERM
+Failures:
+[1]:
+  time      : 2026-11-22_23:00:00
+  rank      : 1 (local_rank: 1)
+  exitcode  : {exit_code} (pid: 102)
+  error_file: <N/A>
+[2]:
+  time      : 2026-11-22_23:00:30
+  rank      : 2 (local_rank: 2)
+  exitcode  : -9 (pid: 103)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_23:00:00
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 101)
+"""
+
+
+def test_of_ranks_that_ended_together_the_cause_is_the_killed_one_or_the_first_to_fail(tmp_path: Path) -> None:
+    folders = RunFolders(tmp_path, tmp_path, tmp_path)
+    folders.logs.mkdir()
+    log = folders.logs / "torchrun.log"
+    with subprocess.Popen(["sh", "-c", "exit 1"]) as torchrun:
+        gang = LocalGang(StageLaunch(stage(), folders), torchrun)
+    log.write_text(FAILURES.format(exit_code=-9))  # rank 0 lost its connection to rank 1; torchrun killed rank 2
+    assert (gang.failure().rank, gang.failure().exit_code) == (1, -9)
+    assert str(gang.failure()) == "rank 1 ended with exit code -9 (SIGKILL)"
+
+    log.write_text(FAILURES.format(exit_code=1))
+    for rank in (1, 0):
+        Heartbeat(folders, rank).end("failed", "ValueError")
+    assert (gang.failure().rank, gang.failure().exit_code) == (1, 1)
+
+    log.write_text("SignalException: Process 100 got signal: 15")
+    assert (gang.failure().rank, gang.failure().exit_code) == (None, -signal.SIGTERM)
 
 
 def test_ranks_see_no_secret_and_share_the_cores() -> None:

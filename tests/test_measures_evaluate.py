@@ -20,7 +20,8 @@ from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions
 from model.data.clips import SHAPES_SOURCE, shape_samples
 from model.data.moving_shapes import generate
-from model.data.shards import Sample, ShardSet, ShardWriter
+from model.data.shard_writer import ShardWriter
+from model.data.shards import Sample, ShardSet
 from model.generation import ClipGenerator, to_frames
 from model.measures.networks import OnnxNetwork
 from model.network.stiv import STIV

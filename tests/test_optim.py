@@ -1,15 +1,19 @@
 """AdaFactor against the paper's rule written out slowly, AdamW as torch's, their state, the schedule, the average."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from model.config import OptimizerConfig
-from model.optim.adafactor import AdaFactor, corrected_beta2
+from model.optim.adafactor import AdaFactor
 from model.optim.choice import learning_rate, make_optimizer
 from model.optim.ema import Ema
+from model.optim.fragment import Fragment
 from model.optim.optimizer import AdamW, StageOptimizer
+from model.optim.rule import corrected_beta2
 
 SHAPES = [(6, 5), (6, 5), (7,), (3, 2, 2, 2), (), (1, 4), (5, 6)]
 
@@ -49,6 +53,16 @@ def make_gradients(steps: int, seed: int = 1) -> list[list[torch.Tensor]]:
         [torch.randn(shape, generator=generator) * 10 ** (place - 3) * (1 + step) for place, shape in enumerate(SHAPES)]
         for step in range(steps)
     ]
+
+
+def whole(parameters: Mapping[str, nn.Parameter]) -> dict[torch.Tensor, list[Fragment]]:
+    return {p: [Fragment(name, p.shape, 0, p.detach().view(-1))] for name, p in parameters.items()}
+
+
+def named_state(optimizer: StageOptimizer) -> dict[str, torch.Tensor]:
+    kept = [run for runs in optimizer._held.values() for run in runs]
+    pieces = optimizer.state_of(kept)
+    return {piece.name: piece.values for piece in pieces}
 
 
 def run(optimizer: StageOptimizer, parameters: list[nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
@@ -92,17 +106,12 @@ def test_a_gradient_of_zero_moves_nothing_and_breaks_nothing() -> None:
 def test_the_second_moment_of_a_matrix_is_its_rows_and_columns() -> None:
     matrix, vector = nn.Parameter(torch.zeros(64, 48)), nn.Parameter(torch.zeros(10))
     optimizer = AdaFactor([matrix, vector], lr=0.1)
+    optimizer.hold(whole({"w": matrix, "b": vector}))
     matrix.grad, vector.grad = torch.ones_like(matrix), torch.ones_like(vector)
     optimizer.step()
-    state = optimizer.state_by_name({matrix: "w", vector: "b"})
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    assert shapes == {
-        "row:w": (64,),
-        "column:w": (48,),
-        "momentum:w": (64, 48),
-        "column:b": (10,),
-        "momentum:b": (10,),
-    }
+    state = named_state(optimizer)
+    sizes = {name: tensor.numel() for name, tensor in state.items()}
+    assert sizes == {"row:w": 64, "column:w": 48, "momentum:w": 64 * 48, "column:b": 10, "momentum:b": 10}
     second_moment = sum(t.numel() * t.element_size() for name, t in state.items() if not name.startswith("momentum"))
     assert second_moment == 4 * (64 + 48 + 10)
 
@@ -120,10 +129,11 @@ def test_parameters_of_one_shape_step_as_each_would_alone() -> None:
 def test_a_parameter_without_a_gradient_rests_and_keeps_its_state() -> None:
     first, second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
     optimizer = AdaFactor([first, second], lr=0.1, beta1=0.5)
+    optimizer.hold(whole({"a": first, "b": second}))
     first.grad, second.grad = torch.ones(4, 3), torch.ones(4, 3)
     optimizer.step()
     held = second.detach().clone()
-    momentum = optimizer.state_by_name({first: "a", second: "b"})["momentum:b"].clone()
+    momentum = named_state(optimizer)["momentum:b"].clone().view(4, 3)
     second.grad = None
     optimizer.step()
     assert torch.equal(second.detach(), held)
@@ -133,8 +143,7 @@ def test_a_parameter_without_a_gradient_rests_and_keeps_its_state() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adafactor", "adamw"])
-@pytest.mark.parametrize("way", ["names", "state_dict"])
-def test_saved_state_goes_on_bit_for_bit(kind: str, way: str) -> None:
+def test_saved_state_goes_on_bit_for_bit(kind: str) -> None:
     gradients = make_gradients(6)
     config = OptimizerConfig(type=kind, lr=0.01)  # pyright: ignore[reportArgumentType]
     straight = make_parameters()
@@ -142,18 +151,33 @@ def test_saved_state_goes_on_bit_for_bit(kind: str, way: str) -> None:
 
     first = make_parameters()
     optimizer = make_optimizer(first, config)
+    optimizer.hold(whole({str(n): p for n, p in enumerate(first)}))
     run(optimizer, first, gradients[:3])
+    saved = {name: values.clone() for name, values in named_state(optimizer).items()}
     second = [nn.Parameter(p.detach().clone()) for p in first]
     resumed = make_optimizer(second, config)
-    if way == "names":
-        saved = optimizer.state_by_name({p: str(n) for n, p in enumerate(first)})
-        resumed.load_state_by_name(
-            {k: v.clone() for k, v in saved.items()}, {p: str(n) for n, p in enumerate(second)}, 3
-        )
-    else:
-        resumed.load_state_dict(optimizer.state_dict())
+    resumed.hold(whole({str(n): p for n, p in enumerate(second)}))
+    resumed.load_state(lambda name, start, stop: saved[name][start:stop], 3)
     run(resumed, second, gradients[3:])
     assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
+
+
+def test_half_precision_momentum_halves_the_state_and_stays_close() -> None:
+    gradients = make_gradients(12)
+    states: dict[str, int] = {}
+    ends: dict[str, list[nn.Parameter]] = {}
+    for precision in ("fp32", "bf16"):
+        parameters = ends[precision] = make_parameters()
+        config = OptimizerConfig(lr=0.01, momentum=precision)
+        optimizer = make_optimizer(parameters, config)
+        optimizer.hold(whole({str(n): p for n, p in enumerate(parameters)}))
+        run(optimizer, parameters, gradients)
+        momentum = [x for name, x in named_state(optimizer).items() if name.startswith("momentum")]
+        states[precision] = sum(x.numel() * x.element_size() for x in momentum)
+    assert states["bf16"] * 2 == states["fp32"]
+    for a, b, begun in zip(ends["fp32"], ends["bf16"], make_parameters(), strict=True):
+        moved = (a - begun).abs().max().item()
+        assert 0 < (a - b).abs().max().item() < 0.02 * moved
 
 
 def test_the_recipe_names_the_optimizer_and_its_betas() -> None:
@@ -176,10 +200,15 @@ def test_the_recipe_names_the_optimizer_and_its_betas() -> None:
     assert factored.defaults == {"lr": 2e-4, "beta1": 0.7, "beta2": 0.9, "clip_threshold": 2.0, "step": 0}
 
 
-def test_state_of_a_parameter_that_is_not_there_is_refused() -> None:
-    parameter = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="momentum:gone"):
-        AdaFactor([parameter], lr=0.1).load_state_by_name({"momentum:gone": torch.zeros(2)}, {parameter: "here"}, 1)
+def test_a_cut_parameter_without_ranks_for_the_rest_is_refused() -> None:
+    flat = nn.Parameter(torch.zeros(6))
+    with pytest.raises(ValueError, match="'w' is cut"):
+        AdaFactor([flat], lr=0.1).hold({flat: [Fragment("w", torch.Size((4, 3)), 2, flat.detach()[:6])]})
+
+
+def test_state_by_position_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="state_of"):
+        AdaFactor([nn.Parameter(torch.zeros(2))], lr=0.1).state_dict()
 
 
 def test_beta2_is_corrected_to_the_mean_of_what_was_seen() -> None:
@@ -198,31 +227,23 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
 
 
 def test_the_average_follows_the_declared_decay() -> None:
-    network = nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        network.weight.fill_(1.0)
-        ema = Ema(network, decay=0.9)
-        network.weight.fill_(2.0)
-        expected = 1.0
-        for step in range(200):
-            ema.update(step)
-            decay = min(0.9, (1 + step) / (10 + step))
-            expected = decay * expected + (1 - decay) * 2.0
+    weight = torch.ones(1)
+    ema = Ema([Fragment("weight", weight.shape, 0, weight)], decay=0.9)
+    weight.fill_(2.0)
+    expected = 1.0
+    for step in range(200):
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * 2.0
     assert ema.decay_at(0) == 0.1
     assert ema.decay_at(1000) == 0.9
-    assert ema.weights["weight"].item() == pytest.approx(expected, rel=1e-5)
+    assert ema.averages[0].values.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_average_is_fp32_whatever_the_network_is() -> None:
-    network = nn.Linear(3, 2).to(torch.bfloat16)
-    ema = Ema(network, decay=0.99)
-    ema.update(5)
-    assert {weight.dtype for weight in ema.weights.values()} == {torch.float32}
-
-
-def test_averages_of_another_network_are_refused() -> None:
-    ema = Ema(nn.Linear(3, 2), decay=0.9)
-    with pytest.raises(ValueError, match="bias"):
-        ema.load({"weight": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match="shape"):
-        ema.load({"weight": torch.zeros(1, 3), "bias": torch.zeros(2)})
+def test_averages_are_taken_up_run_by_run() -> None:
+    saved = torch.arange(12.0)
+    runs = [Fragment("w", torch.Size((4, 3)), 5, torch.zeros(4))]
+    ema = Ema(runs, decay=0.9)
+    ema.load(lambda name, start, stop: saved[start:stop])
+    assert ema.averages[0].values.tolist() == [5.0, 6.0, 7.0, 8.0]
+    assert runs[0].values.tolist() == [0.0] * 4

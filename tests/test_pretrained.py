@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from infra.refs import CODEC, DATASET
 from infra.registry import PromotionRefused, Registry, evaluate_gate
 from infra.store import open_store
 from model.checkpoint import folder as checkpoint
+from model.checkpoint.reader import Reader
 from model.config import FlowConfig, GateRule, NetworkConfig, VaeConfig
 from model.network.stiv import STIV
 from model.pretrained import checksums, load_pretrained, load_transformer, save_pretrained, scheduler_config
@@ -31,6 +33,7 @@ from model.sampler import timestep_schedule
 from model.training.evaluate import load_network, make_generator
 from model.training.prepare import begin
 from model.vae import AutoencoderKlCodec, PatchPca, load_codec
+from tests.checkpoints import Whole, cut, save
 from tests.tiny_stage import Inputs, stage, write_inputs
 
 TEXT = 384
@@ -498,17 +501,8 @@ def registry(tmp_path: Path, recipe: StageRecipe, network: STIV, inputs: Inputs)
     }
     dataset = registry.publish("dataset", data)
     codec = registry.publish("codec", {path.name: path for path in inputs.codec.iterdir()})
-    state = checkpoint.TrainState(
-        step=1,
-        model=make_network(recipe, seed=9).state_dict(),
-        ema=network.state_dict(),
-        optimizer={},
-        random=checkpoint.random_state(),
-        loader={},
-        inputs={},
-        recipe=recipe,
-    )
-    folder = checkpoint.save(tmp_path / "run", state, keep=1)
+    tensors: Whole = {"model": make_network(recipe, seed=9).state_dict(), "ema": network.state_dict(), "optimizer": {}}
+    folder = save(tmp_path / "run", replace(cut(tensors, 1), recipe=recipe), keep=1)
     files = {path.name: path for path in folder.iterdir()}
     parents = {"dataset": dataset.digest, "codec": codec.digest}
     tree = json.loads((folder / "recipe.json").read_text())
@@ -552,8 +546,8 @@ def test_a_stage_grows_from_an_imported_checkpoint_and_none_resumes_it(
     begin(child, recipe, fetched)
     assert same(child.state_dict(), network.state_dict())
     assert checkpoint.digest_of(fetched)
-    with pytest.raises(checkpoint.CheckpointCorrupt, match=r"no model\.safetensors .*weights only"):
-        checkpoint.load(fetched)
+    with pytest.raises(checkpoint.CheckpointCorrupt, match=r"no state\.json .*weights only"):
+        Reader(fetched)
 
 
 @pytest.mark.slow

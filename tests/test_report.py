@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flows import curves
 from flows.catalog import recipe_path
 from flows.curves import loss_plot, loss_points
 from flows.figures import count, decibel, duration, error, figure, percent
@@ -23,8 +24,9 @@ from infra.serving.media import write_mp4
 from model.config import GateRule
 from model.recipe import StageRecipe, load
 from model.training.run import ProgressLine
+from monitoring.goodput import ACCOUNTS, Account, Booked, Line
 
-VOID = {"meta", "link", "img", "br", "line", "path", "circle"}
+VOID = {"meta", "link", "img", "br", "line", "path", "circle"}  # a <rect> has a title, or is closed at once
 NASTY = "a <script>alert(1)</script> & \"circle' moves </pre> right"
 
 
@@ -51,6 +53,11 @@ class Page(HTMLParser):
                 self.addresses.append((tag, value or ""))
         if tag not in VOID:
             self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
@@ -285,6 +292,39 @@ def test_a_loss_that_is_not_a_number_is_left_out_of_the_curve() -> None:
 def test_a_run_without_a_loss_is_reported_without_a_curve(report: DemoReport) -> None:
     page = Page(render(replace(report, stages=[replace(report.stages[0], progress=[])])))
     assert "svg" not in page.tags
+
+
+def test_a_stage_shows_where_its_time_went(report: DemoReport) -> None:
+    spent: dict[Account, int] = {"init": 20, "step": 60, "evaluation": 12, "lost_to_restart": 8, "idle": 0}
+    booked = Booked()
+    booked.add(Line(at=0, elapsed=100 * 10**9, spent={account: value * 10**9 for account, value in spent.items()}))
+    stage = replace(report.stages[0], booked=booked)
+    text = render(replace(report, stages=[stage]))
+    bars = re.findall(r'<rect x="([\d.]+)" width="([\d.]+)" height="4" fill="#\w{6}"><title>([^<]*)</title>', text)
+    assert bars == [
+        ("0.0", "60.0", "optimizer steps: 1 min 00 s"),
+        ("60.0", "20.0", "starting: 20 s"),
+        ("80.0", "12.0", "evaluating: 12 s"),
+        ("92.0", "8.0", "lost to restarts: 8.0 s"),
+    ]
+    assert re.search(r"lost to restarts\s+8\.0 s, 8\.0\s%", Page(text).text)
+
+
+def test_a_stage_that_only_trained_shows_its_last_line(report: DemoReport) -> None:
+    last = replace(report.stages[0].progress[-1], spent_seconds={"step": 3.0, "init": 1.0}, mfu=0.412)
+    text = Page(render(replace(report, stages=[replace(report.stages[0], progress=[last])]))).text
+    assert re.search(r"goodput\s*75\s%", text) and re.search(r"MFU\s*41\s%", text)
+    assert re.search(r"optimizer steps\s+3\.0 s, 75\.0\s%", text)
+
+
+def test_a_stage_nobody_booked_shows_no_bar_and_no_shares(report: DemoReport) -> None:
+    text = Page(render(report)).text
+    assert "goodput" not in text and "MFU" not in text and "optimizer steps" not in text
+
+
+def test_every_account_has_words_and_a_colour_of_its_own() -> None:
+    assert set(curves.ACCOUNTS) == set(ACCOUNTS)
+    assert len(set(curves.ACCOUNTS.values())) == len({color for _, color in curves.ACCOUNTS.values()}) == len(ACCOUNTS)
 
 
 def test_the_average_of_a_straight_line_is_the_line() -> None:

@@ -5,11 +5,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from model.checkpoint import folder as checkpoint
 from model.data.moving_shapes import generate
 from model.data.shards import ShardSet
 from model.recipe import StageRecipe
@@ -21,7 +21,8 @@ from model.training.journal import Journal
 from model.training.prepare import begin, digests_of, latest_of
 from model.training.run import ProgressLine, RunBusy, append_progress, exclusive, read_progress, rewind_progress
 from monitoring import metrics
-from tests.test_checkpoint import state
+from monitoring.goodput import Ledger
+from tests.checkpoints import save, state
 from tests.tiny_stage import Inputs, stage, write_inputs
 
 SHAPE = torch.Size((4, 3, 4, 4))
@@ -41,7 +42,13 @@ def encode(texts: Sequence[str]) -> TextEmbedding:
 
 
 def line(step: int, **values: float) -> ProgressLine:
-    figures = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step_seconds": 0.5, "samples_per_second": 16.0}
+    figures: dict[str, Any] = {
+        "loss": 1.0,
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "step_seconds": 0.5,
+        "samples_per_second": 16.0,
+    }
     return ProgressLine(step=step, total_steps=10, elapsed_seconds=float(step), **{**figures, **values})
 
 
@@ -103,19 +110,40 @@ def test_a_dropped_caption_is_the_empty_string() -> None:
 def test_images_may_carry_the_caption_of_a_still(inputs: Inputs) -> None:
     shards = ShardSet(inputs.data / "train")
     shapes = {clip.spec.image_caption for clip in generate(24, num_frames=4, size=32, seed=1)}
-    stills = captions_of(shards, stage("t2i").video) - captions_of(shards, stage("t2v").video)
+    stills = captions_of(shards, stills=True) - captions_of(shards, stills=False)
     assert stills == shapes
 
 
 def test_deepspeed_is_told_what_the_recipe_says() -> None:
     training = stage(global_batch_size=24, micro_batch_size=2, world_size=3).training
-    config = parallel.deepspeed_config(training)
+    config: dict[str, Any] = parallel.deepspeed_config(training, parameters=1000)
     assert config["train_batch_size"] == 24
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 4
-    assert config["zero_optimization"] == {"stage": 0}
-    assert "gradient_clipping" in config, "its default is not off"
+    assert config["zero_optimization"]["stage"] == 0
+    assert config["gradient_clipping"] == 0.0, "its default is not off, and clipping is ours where nothing is shared"
     json.dumps(config)
+    shared = stage(global_batch_size=24, micro_batch_size=2, world_size=3, zero_stage=2, precision="bf16").training
+    config = parallel.deepspeed_config(shared, parameters=1000)
+    assert config["zero_optimization"]["stage"] == 2 and config["bf16"] == {"enabled": True}
+    assert config["gradient_clipping"] == 1.0
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}, "micro-batches must not add up in bf16"
+
+
+@pytest.mark.parametrize(
+    ("training", "parts"),
+    [
+        ({"zero_stage": 1, "precision": "bf16"}, ["'bf16' at zero_stage 1", "2 micro-batches", "zero_stage 2"]),
+        ({"world_size": 3, "sequence_parallel": 2}, ["world_size 3", "sequence_parallel 2"]),
+        ({"world_size": 4, "sequence_parallel": 4}, ["sequence_parallel 4", "2 token frames"]),
+        ({"world_size": 2, "sequence_parallel": 2, "temporal_mask_ratio": 0.5}, ["temporal_mask_ratio"]),
+        ({"zero_stage": 3}, ["zero_stage 3", "adamw"]),
+    ],
+)
+def test_a_layout_that_would_not_be_exact_is_refused(training: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        stage(**training)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_a_rank_outside_torchrun_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +183,7 @@ def test_a_resumed_run_writes_its_lines_once(tmp_path: Path) -> None:
 
 def test_the_journal_writes_means_metrics_and_its_port(inputs: Inputs, tmp_path: Path) -> None:
     folders = inputs.folders(tmp_path)
-    journal = Journal(stage(log_every=2), folders, first_step=0, metrics_port=0)
+    journal = Journal(stage(log_every=2), folders, Ledger(None, "init"), first_step=0, metrics_port=0)
     try:
         assert 0 < int(folders.metrics_port.read_text()) < 65536
         for step, loss in enumerate([3.0, 1.0, 7.0], start=1):
@@ -204,7 +232,7 @@ def test_a_run_goes_on_with_its_own_recipe_and_data_only(
 ) -> None:
     folders = inputs.folders(tmp_path)
     assert latest_of(recipe, folders, {"data": data}) is None
-    checkpoint.save(folders.checkpoints, state(), keep=1)
+    save(folders.checkpoints, state(), keep=1)
     if error is None:
         found = latest_of(recipe, folders, {"data": data})
         assert found is not None and found.step == 5
@@ -214,7 +242,7 @@ def test_a_run_goes_on_with_its_own_recipe_and_data_only(
 
 
 def test_inputs_are_told_apart_by_content(inputs: Inputs, tmp_path: Path) -> None:
-    parent = checkpoint.save(tmp_path / "parent", state(), keep=1)
+    parent = save(tmp_path / "parent", state(), keep=1)
     first = digests_of(inputs.folders(tmp_path, initial=parent))
     assert first.keys() == {"data", "codec", "initial"}
     moved = Inputs(*(shutil.copytree(folder, tmp_path / folder.name) for folder in (inputs.data, inputs.codec)))

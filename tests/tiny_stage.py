@@ -6,7 +6,7 @@ from typing import Any
 
 from model.data.clips import SHAPES_SOURCE, shape_samples
 from model.data.moving_shapes import generate
-from model.data.shards import ShardWriter
+from model.data.shard_writer import ShardWriter
 from model.generation import to_frames
 from model.recipe import StageRecipe
 from model.training.run import RunFolders

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from model import tasks
-from model.data.loader import caption_of, middle_cut
+from model.data.cut import caption_of, middle_cut
 from model.data.shards import ShardSet
 from model.generation import ClipGenerator, to_frames
 from model.training.evaluate import SEED, evaluate
@@ -27,7 +27,7 @@ def measure(generator: ClipGenerator, heldout: ShardSet, folder: Path) -> dict[s
     for task in tasks.evaluated(recipe):
         places = tasks.source_frames(recipe.video, task, recipe.network.temporal_patch_size)
         clips = to_frames([middle_cut(sample, recipe.video, places) for sample in samples])
-        captions = [caption_of(sample, recipe.video) for sample in samples]
+        captions = [caption_of(sample, still=recipe.video.num_frames == 1) for sample in samples]
         np.save(
             folder / f"{task}.npy", np.stack(generator.complete(captions, clips, task, seed=SEED)), allow_pickle=False
         )

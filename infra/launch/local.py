@@ -1,7 +1,7 @@
 """A stage's ranks as a gang of processes: started, followed and stopped together.
 
 It owns the protocol every home of ranks follows and the embedded home, torchrun on this machine. It knows nothing of
-curricula, promotion or what the ranks compute.
+starting ranks again, of curricula or promotion, nor of what the ranks compute.
 """
 
 import logging
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import psutil
 
 from infra.launch.rank import EXIT_STOPPED
 from model.recipe import StageRecipe, dumps
+from model.training.heartbeat import read_beat
 from model.training.run import RunFolders
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,18 @@ GangStatus = Literal["running", "succeeded", "stopped", "failed"]
 GRACE_SECONDS = 60.0
 """From SIGTERM to SIGKILL: a step and a checkpoint must fit."""
 POLL_SECONDS = 0.2
+_KILL_SECONDS = 30.0
 _ROOT = Path(__file__).parents[2]
 _PASSED_ON = re.compile(
     r"PATH|HOME|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|PYTHON\w+|LD_LIBRARY_PATH|XDG_CACHE_HOME|HF_HOME|HF_HUB_OFFLINE"
     r"|(CUDA|NVIDIA|NCCL|GLOO|TORCH|TORCHELASTIC)_\w+"
 )
 """Variables a rank may see. An allow-list, since no list of secrets is ever complete; ranks need no credentials."""
-_ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+_RUN_VARIABLE = "STIV_RUN_FOLDER"
+"""In the environment of torchrun and of all that descends from it: so they are found even when torchrun is gone."""
+_FAILURE = re.compile(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+) \(pid: (\d+)\)", re.DOTALL)
+_CLOSED = re.compile(r"Sending process (\d+) closing signal")
+_SIGNALLED = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,23 +56,37 @@ class StageLaunch:
     """Prometheus port of rank 0; 0 takes a free one and writes it to `folders.metrics_port`."""
 
 
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """The end of the rank, or of torchrun itself where `rank` is None, that ended the gang."""
+
+    rank: int | None
+    exit_code: int
+    """As Python counts it: negative is the number of the signal that ended it."""
+
+    def __str__(self) -> str:
+        who = "torchrun" if self.rank is None else f"rank {self.rank}"
+        name = f" ({signal.Signals(-self.exit_code).name})" if self.exit_code < 0 else ""
+        return f"{who} ended with exit code {self.exit_code}{name}"
+
+
 class GangFailed(RuntimeError):
     """A rank ended in an error; the message carries its exit code and the end of its log."""
 
-    def __init__(self, rank: int | None, exit_code: int, log: Path, lines: str) -> None:
-        who = "torchrun" if rank is None else f"rank {rank}"
-        super().__init__(f"{who} ended with exit code {exit_code}; the end of {log}:\n{lines}")
-        self.rank = rank
-        self.exit_code = exit_code
-        """As Python counts it: negative is the number of the signal that ended it."""
+    def __init__(self, why: str, failure: Failure, log: Path, incidents: Sequence[Path] = ()) -> None:
+        super().__init__(why)
+        self.rank = failure.rank
+        self.exit_code = failure.exit_code
         self.log = log
+        self.incidents = tuple(incidents)
+        """Where what befell the ranks is written down."""
 
 
 class Gang(Protocol):
     """The ranks of one stage, wherever they run."""
 
     def status(self) -> GangStatus:
-        """`stopped` is an end on request, after a checkpoint: starting again resumes."""
+        """`stopped` is an end on request, after a checkpoint where a step was done: starting again resumes."""
         ...
 
     def wait(self, timeout: float | None = None) -> GangStatus:
@@ -95,10 +115,11 @@ class LocalGang:
         folders = launch.folders
         folders.logs.mkdir(parents=True, exist_ok=True)
         folders.recipe.write_text(dumps(launch.recipe))
-        with _log(folders).open("wb") as output:
+        with log_of(folders, None).open("wb") as output:
             torchrun = subprocess.Popen(
                 command(launch),
-                env=environment(os.environ, launch.recipe.training.world_size),
+                env=environment(os.environ, launch.recipe.training.world_size)
+                | {_RUN_VARIABLE: str(folders.run.resolve())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -118,7 +139,7 @@ class LocalGang:
             return "running"
         if code == 0:
             return "succeeded"
-        return "stopped" if self._failure()[1] == EXIT_STOPPED else "failed"
+        return "stopped" if self.failure().exit_code in (EXIT_STOPPED, -signal.SIGTERM) else "failed"
 
     def wait(self, timeout: float | None = None) -> GangStatus:
         try:
@@ -127,42 +148,95 @@ class LocalGang:
             return "running"
         status = self.status()
         if status == "failed":
-            rank, exit_code = self._failure()
-            log = _log(self.launch.folders) if rank is None else self.launch.folders.rank_log(rank)
-            raise GangFailed(rank, exit_code, log, _tail(log, 20))
+            failure = self.failure()
+            log = log_of(self.launch.folders, failure.rank)
+            raise GangFailed(f"{failure}; the end of {log}:\n{tail_of(log)}", failure, log)
         return status
 
     def terminate(self, grace: float = GRACE_SECONDS) -> GangStatus:
         """Ranks are asked one by one: torchrun would forward the signal, and then hide their exit codes."""
-        processes = self._processes()
-        for process in processes[1:] or processes:
-            _signal(process, signal.SIGTERM)
-        deadline = time.monotonic() + grace
-        while self._torchrun.poll() is None and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        for process in self._processes():
-            logger.warning("process %s did not stop within %s s: killed", process.pid, grace)
-            _signal(process, signal.SIGKILL)
+        end_processes(self.launch.folders, grace)
         self._torchrun.wait()
         return self.status()
 
     def tail(self, rank: int = 0, lines: int = 20) -> str:
-        return _tail(self.launch.folders.rank_log(rank), lines)
+        return tail_of(self.launch.folders.rank_log(rank), lines)
 
-    def _processes(self) -> list[psutil.Process]:
-        """Those alive: torchrun, then its ranks, which have sessions of their own."""
-        try:
-            torchrun = psutil.Process(self._torchrun.pid)
-            return [torchrun, *torchrun.children(recursive=True)] if self._torchrun.poll() is None else []
-        except psutil.NoSuchProcess:
-            return []
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Those alive."""
+        with suppress(psutil.Error):
+            found = ((_rank_of(process), process) for process in psutil.Process(self.pid).children())
+            return {rank: process for rank, process in found if rank is not None}
+        return {}
 
-    def _failure(self) -> tuple[int | None, int]:
-        """The rank that failed first and its exit code, as torchrun reports them."""
-        report = _ROOT_CAUSE.search(_log(self.launch.folders).read_text(errors="replace"))
-        if report is None:
-            return None, self._torchrun.returncode
-        return int(report[1]), int(report[2])
+    def failure(self) -> Failure:
+        """What ended the gang, of all that torchrun reports.
+
+        A rank that was killed leaves the others with broken connections, and they may be quicker to end; so a killed
+        one is the cause, then the one whose last words are the oldest. What torchrun itself ended is none.
+        """
+        report = log_of(self.launch.folders, None).read_text(errors="replace")
+        closed = {int(pid) for pid in _CLOSED.findall(report)}
+        found = {int(rank): int(code) for rank, code, pid in _FAILURE.findall(report) if int(pid) not in closed}
+        if not found:
+            signalled = _SIGNALLED.search(report)
+            return Failure(None, -int(signalled[1]) if signalled else self._torchrun.returncode)
+        rank = min(found, key=lambda rank: (found[rank] >= 0, found[rank] == EXIT_STOPPED, self._ended_at(rank)))
+        return Failure(rank, found[rank])
+
+    def _ended_at(self, rank: int) -> float:
+        beat = read_beat(self.launch.folders, rank)
+        return beat.time if beat is not None and beat.phase == "failed" else float("inf")
+
+
+def end_processes(folders: RunFolders, grace: float = GRACE_SECONDS) -> None:
+    """End all that any launch left running in a run folder: ranks are asked to save and stop, then all is killed."""
+    asked: set[int] = set()
+    deadline = time.monotonic() + grace
+    while (left := _processes(folders)) and time.monotonic() < deadline:
+        # torchrun only where it has no rank yet: later it would forward the signal, and hide its ranks' exit codes.
+        for process in [process for process in left if _is_rank(process)] or ([] if asked else left):
+            if process.pid not in asked:
+                _signal(process, signal.SIGTERM)
+                asked.add(process.pid)
+        time.sleep(POLL_SECONDS)
+    for process in left:
+        logger.warning("process %s did not stop within %s s: killed", process.pid, grace)
+        _signal(process, signal.SIGKILL)
+    deadline = time.monotonic() + _KILL_SECONDS
+    while left := _processes(folders):
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"processes {[process.pid for process in left]} of {folders.run} live on {_KILL_SECONDS:g} s after"
+                " SIGKILL: a disk or a device holds them; free it, or restart the machine"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _processes(folders: RunFolders) -> list[psutil.Process]:
+    """All that descend from a launch of this run folder and are not yet dead."""
+    run = str(folders.run.resolve())
+    return [process for process in psutil.process_iter() if _variable(process, _RUN_VARIABLE) == run]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    """Not torchrun, and not what a rank has started."""
+    with suppress(psutil.Error):
+        parent = process.parent()
+        return _rank_of(process) is not None and (parent is None or _rank_of(parent) is None)
+    return False
+
+
+def _rank_of(process: psutil.Process) -> int | None:
+    rank = _variable(process, "RANK")
+    return None if rank is None else int(rank)
+
+
+def _variable(process: psutil.Process, name: str) -> str | None:
+    """Of its environment, where it lives and is ours."""
+    with suppress(psutil.Error):
+        return process.environ().get(name)
+    return None
 
 
 def command(launch: StageLaunch) -> list[str]:
@@ -208,12 +282,12 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def _log(folders: RunFolders) -> Path:
-    """torchrun's own output."""
-    return folders.logs / "torchrun.log"
+def log_of(folders: RunFolders, rank: int | None) -> Path:
+    """A rank's log; of none, torchrun's own output."""
+    return folders.logs / "torchrun.log" if rank is None else folders.rank_log(rank)
 
 
-def _tail(log: Path, lines: int) -> str:
+def tail_of(log: Path, lines: int = 20) -> str:
     if not log.exists():
         return ""
     with log.open(errors="replace") as file:

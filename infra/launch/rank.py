@@ -1,31 +1,43 @@
 """A rank's entry point: `python -m infra.launch.rank`, started by torchrun once a rank.
 
-It owns the rank's log, its signals and its exit code; what is done between them is `model.training.loop`'s.
+It owns the rank's log, its signals, its last words and its exit code; what is done between them is
+`model.training.loop`'s.
 """
 
 import argparse
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 
+from model.training.heartbeat import Heartbeat
 from model.training.run import RunFolders
 
 EXIT_STOPPED = 75
 """Stopped by SIGTERM after writing a checkpoint: start again to go on (EX_TEMPFAIL)."""
+STACK_SIGNAL = signal.SIGUSR1
+"""Asks a rank to print what each of its threads is doing to its log."""
 _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Turns true at the first SIGTERM; the loop finishes its step, saves and returns."""
+    """Turns true at the first SIGTERM; the loop finishes its step, saves and returns.
+
+    Until it is first asked no step is done and nothing is to be saved: SIGTERM ends the process at once, also where it
+    waits for ranks that will never come.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        signal.signal(signal.SIGTERM, self._receive)
+        self._listens = False
 
     def __call__(self) -> bool:
+        if not self._listens:
+            signal.signal(signal.SIGTERM, self._receive)
+            self._listens = True
         return self.received
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -45,15 +57,26 @@ def main(arguments: list[str] | None = None) -> int:
     should_stop = StopRequest()
     _stop_with_parent()
     _redirect(folders.rank_log(rank))
+    _print_stacks()
+    beat = Heartbeat(folders, rank)
+    try:
+        finished = _train(options, folders, should_stop, beat)
+    except BaseException as error:
+        beat.end("failed", f"{type(error).__name__}: {error}")
+        raise
+    beat.end("succeeded" if finished else "stopped")
+    return 0 if finished else EXIT_STOPPED
+
+
+def _train(options: argparse.Namespace, folders: RunFolders, should_stop: StopRequest, beat: Heartbeat) -> bool:
     # Only now: these take seconds, and whatever goes wrong in them is in the rank's log.
     from model.recipe import loads_stage
     from model.training.loop import train
     from monitoring.logs import configure
 
     recipe = loads_stage(options.recipe.read_bytes())
-    configure(stage=recipe.name, rank=rank)
-    finished = train(recipe, folders, metrics_port=options.metrics_port, should_stop=should_stop)
-    return 0 if finished else EXIT_STOPPED
+    configure(stage=recipe.name, rank=beat.rank)
+    return train(recipe, folders, metrics_port=options.metrics_port, should_stop=should_stop, beat=beat)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -83,6 +106,12 @@ def _redirect(log: Path) -> None:
     os.dup2(descriptor, sys.stdout.fileno())
     os.dup2(descriptor, sys.stderr.fileno())
     os.close(descriptor)
+
+
+def _print_stacks() -> None:
+    """On request, and when the interpreter itself dies; also while the main thread waits in a library."""
+    faulthandler.enable()
+    faulthandler.register(STACK_SIGNAL, all_threads=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.launch.local import LocalGang, StageLaunch
+from infra.launch.local import StageLaunch
+from infra.launch.supervise import supervise
 from infra.refs import CODEC, DATASET, promoted
 from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
 from model.checkpoint import folder as checkpoint
@@ -18,11 +19,11 @@ from model.recipe import StageRecipe, dumps
 from model.training.run import ProgressLine, RunFolders, read_progress
 from model.vae import WEIGHTS as CODEC_WEIGHTS
 from monitoring import metrics as measured
+from monitoring.goodput import Booked, booking, read
 
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[Sequence[ProgressLine]], None]
-POLL_SECONDS = 1.0
 EVALUATION = "evaluation/"
 
 
@@ -43,6 +44,8 @@ class StageOutcome:
     """Task -> animated samples."""
     seconds: dict[str, float]
     """Part -> wall time."""
+    booked: Booked | None = None
+    """Where the stage's time went; None of a run that nobody booked."""
 
 
 def run_stage(
@@ -54,7 +57,8 @@ def run_stage(
 
     Raises:
         ArtifactNotFound: data set, codec or a parent has not been promoted yet.
-        GangFailed: a rank ended in an error. StageStopped: it was told to stop.
+        GangFailed: a rank ended in an error, or was lost again and again. StageStopped: this process was told to stop.
+        RunBusy: another process runs the stage below `work`.
         PromotionRefused: the gate did not hold; the checkpoint is published, the ref is as it was.
     """
     seconds: dict[str, float] = {}
@@ -63,13 +67,14 @@ def run_stage(
     seconds["fetch"] = time.monotonic() - clock
 
     clock = time.monotonic()
-    _follow(LocalGang.start(StageLaunch(recipe, folders)), folders, on_progress)
+    _train(StageLaunch(recipe, folders), on_progress)
     seconds["train"] = time.monotonic() - clock
 
     clock = time.monotonic()
     trained = checkpoint.latest(folders.checkpoints)
     assert trained is not None, "a finished run has a checkpoint"
-    found, grid, animations = _evaluate(recipe, folders, trained)
+    with booking(folders.goodput, "evaluation"):
+        found, grid, animations = _evaluate(recipe, folders, trained)
     seconds["evaluate"] = time.monotonic() - clock
 
     clock = time.monotonic()
@@ -85,7 +90,8 @@ def run_stage(
     measured.PROMOTIONS_TOTAL.labels(stage=recipe.name, outcome="promoted").inc()
     seconds["promote"] = time.monotonic() - clock
     logger.info("promoted %s to %s", manifest.digest, promoted(recipe.name))
-    return StageOutcome(manifest, gate, tuple(read_progress(folders.progress)), grid, animations, seconds)
+    progress, booked = tuple(read_progress(folders.progress)), read(folders.goodput)
+    return StageOutcome(manifest, gate, progress, grid, animations, seconds, booked)
 
 
 def _fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
@@ -119,15 +125,11 @@ def _require_same_codec(registry: Registry, name: str, parent: Manifest, codec: 
         )
 
 
-def _follow(gang: LocalGang, folders: RunFolders, on_progress: OnProgress) -> None:
-    try:
-        while gang.wait(POLL_SECONDS) == "running":
-            on_progress(read_progress(folders.progress))
-    except BaseException:
-        gang.terminate()
-        raise
+def _train(launch: StageLaunch, on_progress: OnProgress) -> None:
+    folders = launch.folders
+    status = supervise(launch, on_poll=lambda: on_progress(read_progress(folders.progress)))
     on_progress(read_progress(folders.progress))
-    if gang.status() == "stopped":
+    if status == "stopped":
         raise StageStopped(f"the ranks in {folders.run} were stopped after a checkpoint; run the stage again to resume")
 
 

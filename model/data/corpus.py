@@ -14,7 +14,8 @@ from model.data.clips import folder_samples, shape_samples
 from model.data.loader import ClipLoader
 from model.data.moving_shapes import generate
 from model.data.scenes import SceneConfig
-from model.data.shards import Sample, ShardSet, ShardWriter
+from model.data.shard_writer import ShardWriter
+from model.data.shards import Sample, ShardSet
 from model.vae import FrameCodec, PatchPca, load_codec, psnr
 
 HELDOUT_EVERY = 3

@@ -1,24 +1,21 @@
 """Shards: clips and their captions in tar files that webdataset can read, with an index that makes them a set.
 
-It owns the file format and its integrity; it knows nothing of where clips come from or how they are batched. A set is a
-folder of `shard-NNNNN.tar` (members `KEY.json`, `KEY.frames.npy`) and an `index.json` that is written last, at one
-stroke: without it the folder is an unfinished attempt.
+It owns the file format, how a sample is read and how damage is found; it knows nothing of where clips come from, how
+sets are written (`shard_writer`) or how clips are batched. A set is a folder of `shard-NNNNN.tar` (members `KEY.json`
+and `KEY.frames.npy`, or `KEY.mp4` where the clip is encoded) and an `index.json` that is written last: without it the
+folder is an unfinished attempt. Where a `ShardCache` is given, shards that the folder lacks come from a store.
 """
 
 import hashlib
 import io
 import json
-import logging
 import mmap
-import os
-import re
-import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Literal, Self, cast
 
 import numpy as np
@@ -26,17 +23,17 @@ import numpy.typing as npt
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from model.config import Config, Positive
-
-logger = logging.getLogger(__name__)
+from model.data.cache import ShardCache
+from model.data.encoding import decode
 
 Count = Annotated[int, Field(ge=0)]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""What is written. Version 1, which is still read, had raw frames only and no checksums by sample."""
 INDEX = "index.json"
+SUFFIXES = {"frames": "frames.npy", "mp4": "mp4"}
+"""Ending of a clip's member in the tar, by the index's word for it."""
 
-_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-_FACTS = frozenset(("caption", "source", "licence", "credit", "fps", "original_height", "original_width"))
-"""Fields of `Sample` that `KEY.json` holds beside its `extra`."""
 _OPEN_SHARDS = 64
 """Shards mapped at a time; each holds a file descriptor."""
 
@@ -51,6 +48,10 @@ class ShardCorrupt(ValueError):
         self.path = path
         self.expected = expected
         self.found = found
+
+
+class SampleCorrupt(ValueError):
+    """A sample that cannot be used: other bytes than were written, no frames in them, or frames of another shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +89,20 @@ class SampleEntry(Config):
     key: str
     source: str
     caption: str
+    image_caption: str | None = None
+    """What any single frame shows, where the sample's `extra` says so."""
     num_frames: Positive
     shard: Count
     """Position in `shards`."""
     offset: Count
-    """First byte of `KEY.frames.npy` in the shard, behind its tar header."""
+    """First byte of the clip's member in the shard, behind its tar header."""
     json_offset: Count
     json_size: Positive
+    encoding: Literal["frames", "mp4"] = "frames"
+    size: Positive | None = None
+    """Bytes of the clip's member."""
+    crc32: Count | None = None
+    """Of `KEY.json` and then the clip's member."""
 
 
 class SourceTotals(Config):
@@ -107,7 +115,7 @@ class SourceTotals(Config):
 class ShardIndex(Config):
     """`index.json`."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     shards: tuple[ShardEntry, ...]
     samples: tuple[SampleEntry, ...]
     totals: dict[str, SourceTotals]
@@ -119,138 +127,36 @@ class ShardIndex(Config):
             raise ValueError(f"samples by shard are {dict(held)}, the shards hold {[s.samples for s in self.shards]}")
         return self
 
-
-class ShardWriter:
-    """Writes a shard set; a context manager, because leaving it is what completes the set.
-
-    Left by an exception it takes back every file it wrote, so that nothing is half-written.
-    """
-
-    def __init__(self, folder: Path, max_samples: int = 512) -> None:
-        if max_samples < 1:
-            raise ValueError(f"max_samples {max_samples} must be at least 1")
-        if (folder / INDEX).exists():
-            raise ValueError(f"{folder} already holds a shard set; write to another folder or delete this one")
-        self.folder = folder
-        self.max_samples = max_samples
-        self._shards: list[ShardEntry] = []
-        self._samples: dict[str, SampleEntry] = {}
-        self._tar: tarfile.TarFile | None = None
-        self._tar_samples = 0
-
-    def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        left = self._remove_shards()
-        if left:
-            logger.warning("removed %s shards of an unfinished attempt from %s", left, self.folder)
+    @model_validator(mode="after")
+    def _samples_have_checksums(self) -> Self:
+        bare = (entry.key for entry in self.samples if entry.size is None or entry.crc32 is None)
+        if self.schema_version > 1 and (key := next(bare, None)) is not None:
+            raise ValueError(f"sample '{key}' has no size or no crc32")
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        except BaseException:
-            self._abandon()
-            raise
-        if kind is not None:
-            self._abandon()
-
-    def write(self, sample: Sample) -> None:
-        self._check(sample)
-        if self._tar is None:
-            path = self.folder / f"shard-{len(self._shards):05d}.tar"
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed by _close_shard
-        facts = _facts(sample)
-        array = io.BytesIO()
-        np.save(array, np.ascontiguousarray(sample.frames), allow_pickle=False)
-        json_offset = _add(self._tar, f"{sample.key}.json", facts)
-        offset = _add(self._tar, f"{sample.key}.frames.npy", array.getvalue())
-        self._samples[sample.key] = SampleEntry(
-            key=sample.key,
-            source=sample.source,
-            caption=sample.caption,
-            num_frames=sample.frames.shape[0],
-            shard=len(self._shards),
-            offset=offset,
-            json_offset=json_offset,
-            json_size=len(facts),
-        )
-        self._tar_samples += 1
-        if self._tar_samples == self.max_samples:
-            self._close_shard()
-
-    def _check(self, sample: Sample) -> None:
-        if not _KEY.fullmatch(sample.key):
-            raise ValueError(f"key {sample.key!r} must be 1 to 80 letters, digits, '_' or '-'")
-        if sample.key in self._samples:
-            raise ValueError(f"key {sample.key!r} is given twice; keys are unique in a set")
-        shape, kind = sample.frames.shape, sample.frames.dtype
-        if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-            raise ValueError(f"sample {sample.key!r}: frames must be uint8 [T, H, W, 3], not {kind} {list(shape)}")
-        if not sample.caption.strip():
-            raise ValueError(f"sample {sample.key!r} has no caption")
-        taken = _FACTS & set(sample.extra)
-        if taken:
-            raise ValueError(
-                f"sample {sample.key!r}: extra may not hold {sorted(taken)}, which are fields of their own"
-            )
-
-    def _close_shard(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        path = self.folder / f"shard-{len(self._shards):05d}.tar"
-        _sync(path)
-        size = path.stat().st_size
-        self._shards.append(ShardEntry(name=path.name, sha256=_sha256(path), size=size, samples=self._tar_samples))
-        self._tar, self._tar_samples = None, 0
-
-    def _finish(self) -> None:
-        if not self._samples:
-            raise ValueError(f"no sample was written to {self.folder}: an empty shard set is of no use")
-        self._close_shard()
-        samples = tuple(self._samples.values())
-        index = ShardIndex(
-            schema_version=SCHEMA_VERSION,
-            shards=tuple(self._shards),
-            samples=samples,
-            totals=_totals(samples),
-        )
-        part = self.folder / f".{INDEX}.part"
-        part.write_text(index.model_dump_json(indent=1) + "\n")
-        _sync(part)
-        part.replace(self.folder / INDEX)
-        _sync(self.folder)
-
-    def _abandon(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-        for name in (INDEX, f".{INDEX}.part"):
-            (self.folder / name).unlink(missing_ok=True)
-        self._remove_shards()
-
-    def _remove_shards(self) -> int:
-        paths = list(self.folder.glob("shard-*.tar"))
-        for path in paths:
-            path.unlink()
-        return len(paths)
 
 
 class ShardSet:
-    """A whole shard set, read sample by sample; frames stay in the mapped file until they are used."""
+    """A whole shard set, read sample by sample; frames stay in the mapped file until they are used.
 
-    def __init__(self, folder: Path) -> None:
+    Pickled it is its folder and cache: another process opens the files for itself.
+    """
+
+    def __init__(self, folder: Path, cache: ShardCache | None = None) -> None:
         self.folder = folder
+        self.cache = cache
         self.index = _read_index(folder)
         self._mapped = lru_cache(maxsize=_OPEN_SHARDS)(self._map)
+        self._checked = bytearray(len(self.index.samples))
         for shard in self.index.shards:
             path = folder / shard.name
             if not path.is_file():
-                raise ValueError(f"{path}: the shard is missing from its set; copy the whole folder again")
-            if path.stat().st_size != shard.size:
-                raise self._corrupt(shard)
+                if cache is None:
+                    raise ValueError(f"{path}: the shard is missing from its set; copy the whole folder again")
+            elif path.stat().st_size != shard.size:
+                raise ShardCorrupt(path, expected=shard.sha256, found=sha256_of(path))
+
+    def __reduce__(self) -> tuple[type["ShardSet"], tuple[Path, ShardCache | None]]:
+        return ShardSet, (self.folder, self.cache)
 
     def __len__(self) -> int:
         return len(self.index.samples)
@@ -264,53 +170,93 @@ class ShardSet:
         """What the set holds of each source, by name."""
         return self.index.totals
 
-    def sample(self, position: int) -> Sample:
-        """The sample at `position`; its frames are a read-only view of the file."""
+    def sample(self, position: int, places: Sequence[int] | None = None) -> Sample:
+        """The sample at `position` with its frames at `places`, or all; raw ones are a read-only view of the file.
+
+        Raises:
+            SampleCorrupt: names shard, key and reason.
+        """
         entry = self.index.samples[position]
         mapped = self._mapped(entry.shard)
-        header_end = entry.offset + 10 + int.from_bytes(mapped[entry.offset + 8 : entry.offset + 10], "little")
         try:
-            facts = cast(
-                dict[str, JsonValue], json.loads(mapped[entry.json_offset : entry.json_offset + entry.json_size])
-            )
-            shape = _frames_shape(mapped[entry.offset : header_end])
-            frames = np.frombuffer(mapped, np.uint8, int(np.prod(shape)), header_end).reshape(shape)
-            return _sample(entry.key, frames, facts)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._corrupt(self.index.shards[entry.shard]) from error
+            if not self._checked[position]:
+                _check_bytes(mapped, entry)
+                self._checked[position] = 1
+            facts = json.loads(mapped[entry.json_offset : entry.json_offset + entry.json_size])
+            return _sample(entry.key, _frames(mapped, entry, places), cast(dict[str, JsonValue], facts))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            path = self.folder / self.index.shards[entry.shard].name
+            raise SampleCorrupt(
+                f"{path}: sample '{entry.key}' is corrupt: {error or type(error).__name__}; copy the shard again or"
+                " write the set anew"
+            ) from error
+
+    def still_caption(self, position: int) -> str | None:
+        """What any single frame shows, if the sample says so; read from the shard only in a set of version 1."""
+        if self.index.schema_version > 1:
+            return self.index.samples[position].image_caption
+        told = self.sample(position, ()).extra.get("image_caption")
+        return told if isinstance(told, str) else None
 
     def verify(self) -> None:
         """Read every byte and compare the digests; `ShardCorrupt` names the first shard that differs."""
-        for shard in self.index.shards:
-            if _sha256(self.folder / shard.name) != shard.sha256:
-                raise self._corrupt(shard)
+        for position, shard in enumerate(self.index.shards):
+            with self._map(position) as mapped:
+                found = hashlib.sha256(mapped).hexdigest()
+            if found != shard.sha256:
+                raise ShardCorrupt(self.folder / shard.name, expected=shard.sha256, found=found)
 
-    def _map(self, shard: int) -> mmap.mmap:
-        with (self.folder / self.index.shards[shard].name).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def _corrupt(self, shard: ShardEntry) -> ShardCorrupt:
+    def _map(self, position: int) -> mmap.mmap:
+        shard = self.index.shards[position]
         path = self.folder / shard.name
-        return ShardCorrupt(path, expected=shard.sha256, found=_sha256(path))
+        fetched = None if path.is_file() or self.cache is None else self.cache.open(shard.sha256, shard.size)
+        with fetched or path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_index(folder: Path) -> ShardIndex:
     path = folder / INDEX
     try:
-        return ShardIndex.model_validate_json(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a whole shard set: it has no {INDEX}; write the set (again)") from None
+    try:
+        return ShardIndex.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(
-            f"{path}: not a shard index of schema version {SCHEMA_VERSION}: {where} {first['msg']}"
+            f"{path}: not a shard index of schema version 1 or {SCHEMA_VERSION}: {where} {first['msg']}; write the set"
+            " with this version of the project"
         ) from None
 
 
-def _facts(sample: Sample) -> bytes:
-    facts = {**sample.extra, **{name: getattr(sample, name) for name in _FACTS}}
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+def _check_bytes(mapped: mmap.mmap, entry: SampleEntry) -> None:
+    """Against the checksum, where the index has one: a decoder would conceal damage."""
+    if entry.crc32 is None or entry.size is None:
+        return
+    facts = mapped[entry.json_offset : entry.json_offset + entry.json_size]
+    if checksum(facts, memoryview(mapped)[entry.offset : entry.offset + entry.size]) != entry.crc32:
+        raise ValueError("its bytes are not those that were written")
+
+
+def checksum(facts: bytes, clip: bytes | memoryview) -> int:
+    """CRC-32 of a sample's two members."""
+    return zlib.crc32(clip, zlib.crc32(facts))
+
+
+def _frames(mapped: mmap.mmap, entry: SampleEntry, places: Sequence[int] | None) -> npt.NDArray[np.uint8]:
+    if entry.encoding == "mp4":
+        assert entry.size is not None, "the index is of a version that encodes"
+        return decode(
+            mapped[entry.offset : entry.offset + entry.size], range(entry.num_frames) if places is None else places
+        )
+    header_end = entry.offset + 10 + int.from_bytes(mapped[entry.offset + 8 : entry.offset + 10], "little")
+    shape = _frames_shape(mapped[entry.offset : header_end])
+    if shape[0] != entry.num_frames:
+        raise ValueError(f"it holds {shape[0]} frames where the index says {entry.num_frames}")
+    frames = np.frombuffer(mapped, np.uint8, int(np.prod(shape)), header_end).reshape(shape)
+    return frames if places is None else frames[list(places)]
 
 
 def _sample(key: str, frames: npt.NDArray[np.uint8], facts: dict[str, JsonValue]) -> Sample:
@@ -339,30 +285,6 @@ def _frames_shape(header: bytes) -> tuple[int, ...]:
     return shape
 
 
-def _totals(samples: Sequence[SampleEntry]) -> dict[str, SourceTotals]:
-    frames: dict[str, list[int]] = {}
-    for entry in samples:
-        frames.setdefault(entry.source, []).append(entry.num_frames)
-    return {source: SourceTotals(samples=len(frames[source]), frames=sum(frames[source])) for source in sorted(frames)}
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member with no date and no owner, so that equal samples make equal shards; where its data begins."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-    return tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, outlive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,10 @@
 """What one clip costs: floating-point operations of the network, counted from its shape alone.
 
 It counts matrix products and convolutions, a multiply-add as two, and nothing that is done element by element. It knows
-nothing of kernels: recomputation, and causal attention's skipped half, are not in it.
+nothing of kernels: causal attention's skipped half, and what a backward of attention computes again, are not in it.
 """
+
+from dataclasses import dataclass
 
 from model.config import NetworkConfig
 from model.network.image import RESIDUAL_BLOCKS
@@ -10,7 +12,29 @@ from model.network.layers import ScalarEmbedder, modulation_vectors
 from model.network.stiv import MICRO_GROUPS
 
 
-def training_flops(
+@dataclass(slots=True, frozen=True)
+class ForwardFlops:
+    """Of one clip's forward pass, by what computes them."""
+
+    ends: int
+    """Before and after the blocks: embeddings, the condition, the head."""
+    linear: int
+    """The blocks' linear layers."""
+    self_attention: int
+    """Products of queries, keys and values in space and in time."""
+    cross_attention: int
+
+    @property
+    def total(self) -> int:
+        return self.ends + self.linear + self.self_attention + self.cross_attention
+
+    @property
+    def recomputed(self) -> int:
+        """What activation checkpointing computes a second time: the blocks, but for self-attention's products."""
+        return self.linear + self.cross_attention
+
+
+def forward_flops(
     config: NetworkConfig,
     latents: tuple[int, int, int, int],
     text_tokens: int,
@@ -19,8 +43,8 @@ def training_flops(
     temporal_mask_ratio: float = 0.0,
     text_size: int = 1280,
     pooled_size: int = 1280,
-) -> int:
-    """Of one clip forward and backward, which is taken for twice the forward.
+) -> ForwardFlops:
+    """Of one clip.
 
     Args:
         latents: frames, channels, height and width of the clip's latents.
@@ -35,28 +59,65 @@ def training_flops(
     image_tokens = 0 if config.image_cross_attention == "off" else tokens
     context = text_tokens + image_tokens
 
-    forward = 2 * _linear(frames * tokens, patch_values, size)  # patch embedding and head
-    forward += _linear(text_tokens, text_size, size) + _linear(text_tokens, size, size)
-    forward += _condition(config, pooled_size)
+    ends = 2 * _linear(frames * tokens, patch_values, size)  # patch embedding and head
+    ends += _linear(text_tokens, text_size, size) + _linear(text_tokens, size, size)
+    ends += _condition(config, pooled_size)
     if image_tokens:
-        forward += _image(config, latents)
+        ends += _image(config, latents)
 
-    masked = config.depth - config.unmasked_depth
-    kept_frames, kept_tokens = _kept(frames, temporal_mask_ratio), _kept(tokens, mask_ratio)
-    forward += masked * _block(config, kept_frames, kept_tokens, context)
-    forward += config.unmasked_depth * _block(config, frames, tokens, context)
-    return 3 * forward
+    grids = [
+        (config.depth - config.unmasked_depth, kept(frames, temporal_mask_ratio), kept(tokens, mask_ratio)),
+        (config.unmasked_depth, frames, tokens),
+    ]
+    return ForwardFlops(
+        ends=ends,
+        linear=sum(blocks * _block_linear(config, seen * places, context) for blocks, seen, places in grids),
+        self_attention=sum(blocks * _self_attention(config, seen, places) for blocks, seen, places in grids),
+        cross_attention=sum(blocks * _attend(seen * places, context, size) for blocks, seen, places in grids),
+    )
 
 
-def _block(config: NetworkConfig, frames: int, tokens: int, context: int) -> int:
-    size, queries = config.hidden_size, frames * tokens
+def training_flops(
+    config: NetworkConfig,
+    latents: tuple[int, int, int, int],
+    text_tokens: int,
+    mask_ratio: float = 0.0,
+    *,
+    temporal_mask_ratio: float = 0.0,
+    text_size: int = 1280,
+    pooled_size: int = 1280,
+) -> int:
+    """Of one clip forward and backward, which is taken for twice the forward; arguments as of `forward_flops`."""
+    forward = forward_flops(
+        config,
+        latents,
+        text_tokens,
+        mask_ratio,
+        temporal_mask_ratio=temporal_mask_ratio,
+        text_size=text_size,
+        pooled_size=pooled_size,
+    )
+    return 3 * forward.total
+
+
+def kept(count: int, mask_ratio: float) -> int:
+    """Of `count` tokens, or token frames, what stays; as `flow_matching` draws them."""
+    return max(1, round(count * (1 - mask_ratio)))
+
+
+def _block_linear(config: NetworkConfig, queries: int, context: int) -> int:
+    size = config.hidden_size
     project = _linear(queries, size, size)
-    spatial = 4 * project + _attend(queries, tokens, size)
-    temporal = 4 * project + _attend(queries, frames, size) if config.temporal_attention else 0
-    cross = 2 * project + 2 * _linear(context, size, size) + _attend(queries, context, size)
+    attentions = (8 if config.temporal_attention else 4) * project
+    cross = 2 * project + 2 * _linear(context, size, size)
     feed_forward = 2 * config.mlp_ratio * project
     modulation = 0 if config.shared_modulation else _linear(1, size, modulation_vectors(config) * size)
-    return spatial + temporal + cross + feed_forward + modulation
+    return attentions + cross + feed_forward + modulation
+
+
+def _self_attention(config: NetworkConfig, frames: int, tokens: int) -> int:
+    keys = tokens + (frames if config.temporal_attention else 0)
+    return _attend(frames * tokens, keys, config.hidden_size)
 
 
 def _condition(config: NetworkConfig, pooled_size: int) -> int:
@@ -83,11 +144,6 @@ def _image(config: NetworkConfig, latents: tuple[int, int, int, int]) -> int:
 def _patches(config: NetworkConfig, latents: tuple[int, int, int, int]) -> int:
     """Spatial tokens of a frame."""
     return (latents[2] // config.patch_size) * (latents[3] // config.patch_size)
-
-
-def _kept(count: int, mask_ratio: float) -> int:
-    """As `flow_matching` draws them."""
-    return max(1, round(count * (1 - mask_ratio)))
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:

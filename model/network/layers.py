@@ -1,7 +1,7 @@
 """STIV's layers: stateless norms, attention with QK-norm, the block, embedders. Shapes are noted where they change.
 
 Plain PyTorch that exports, and on a CPU the same in fewer passes (`fused`); it knows nothing of training, masking or
-parallelism.
+parallelism, but that a block asks `sequence` for the tokens that other ranks hold.
 B batch, T token frames, S spatial tokens, N any sequence, L text tokens, D hidden size.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.config import NetworkConfig
 from model.network import fused, rope
 from model.network.rope import Turn
+from model.network.sequence import SequenceGroup
 
 EXPLICIT_BELOW = 64
 """Sequences shorter than this use a written-out softmax: SDPA's backward over many tiny sequences is slow on CPU."""
@@ -41,6 +42,11 @@ class RMSNorm(nn.Module):
         """x [B, N, heads, size]."""
         if fused.applies_to(x):
             return fused.head_norm(x, self.weight, turn)
+        if (
+            x.dtype == self.weight.dtype == torch.bfloat16
+        ):  # this kernel works in float32; written out, its steps would round
+            x = F.rms_norm(x, x.shape[-1:], self.weight, fused.EPSILON)
+            return x if turn is None else rope.rotate(x, turn)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + fused.EPSILON) * self.weight
         return x if turn is None else rope.rotate(x, turn)
 
@@ -115,6 +121,7 @@ class Block(nn.Module):
         size, heads, qk_norm = config.hidden_size, config.num_heads, config.qk_norm
         causal = config.causal_temporal_attention
         vectors = modulation_vectors(config)
+        self.sequence: SequenceGroup | None = None  # of ranks that share a clip; see STIV.share_clips
         self.modulation = None if config.shared_modulation else nn.Linear(size, vectors * size)
         self.spatial = Attention(size, heads, qk_norm=qk_norm)
         self.temporal = Attention(size, heads, qk_norm=qk_norm, causal=causal) if config.temporal_attention else None
@@ -136,25 +143,31 @@ class Block(nn.Module):
             modulation = self.modulation(modulation)
         vectors = modulation.chunk(modulation_vectors(self.config), dim=-1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors[:6]
-        frames, tokens = x.shape[1], x.shape[2]
+        frames = x.shape[1]
 
         h = rearrange(modulate(norm(x), shift_attention, scale_attention), "b t s d -> (b t) s d")
         h = self._post_norm(self.spatial(h, turn=spatial_turn))
         x = torch.addcmul(x, rearrange(h, "(b t) s d -> b t s d", t=frames), gate_attention[:, None, None])
 
         if self.temporal is not None:
-            h = norm(x.transpose(1, 2))  # moved before the norm, which copies anyway
-            if self.config.temporal_modulation:
-                h = modulate(h, shift=vectors[6], scale=vectors[7])
-            h = self._post_norm(self.temporal(rearrange(h, "b s t d -> (b s) t d"), turn=temporal_turn))
-            h = rearrange(h, "(b s) t d -> b t s d", s=tokens)
-            x = x + (vectors[8][:, None, None] * h if self.config.temporal_modulation else h)
+            h = x if self.sequence is None else self.sequence.to_places(x)
+            h = self._through_time(self.temporal, h, vectors[6:], temporal_turn)
+            x = x + (h if self.sequence is None else self.sequence.to_frames(h))
 
         h = self.cross(rearrange(x, "b t s d -> b (t s) d"), text, mask=text_mask)
         x = x + rearrange(h, "b (t s) d -> b t s d", t=frames)
 
         h = self._post_norm(self.feed_forward(modulate(norm(x), shift_mlp, scale_mlp)))
         return torch.addcmul(x, h, gate_mlp[:, None, None])
+
+    def _through_time(self, attention: Attention, x: Tensor, vectors: tuple[Tensor, ...], turn: Turn | None) -> Tensor:
+        """What temporal attention adds to x [B, T, S, D], which has all frames; `vectors` are its own of AdaLN."""
+        h = norm(x.transpose(1, 2))  # moved before the norm, which copies anyway
+        if self.config.temporal_modulation:
+            h = modulate(h, shift=vectors[0], scale=vectors[1])
+        h = self._post_norm(attention(rearrange(h, "b s t d -> (b s) t d"), turn=turn))
+        h = rearrange(h, "(b s) t d -> b t s d", s=x.shape[2])
+        return vectors[2][:, None, None] * h if self.config.temporal_modulation else h
 
     def _post_norm(self, h: Tensor) -> Tensor:
         return norm(h) if self.config.sandwich_norm else h
@@ -188,7 +201,7 @@ class ScalarEmbedder(nn.Module):
         exponent = torch.arange(self.FREQUENCIES, dtype=torch.float64, device=values.device) / self.FREQUENCIES
         phase = values.float()[..., None] * self.scale * (10000.0**-exponent).float()
         waves = torch.cat([phase.cos(), phase.sin()], dim=-1).flatten(1)
-        return self.output(F.silu(self.hidden(waves)))
+        return self.output(F.silu(self.hidden(waves.to(self.hidden.weight.dtype))))
 
 
 class TextProjection(nn.Module):

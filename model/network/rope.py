@@ -28,10 +28,10 @@ def turn(angles: Tensor) -> Turn:
 
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:
-    """Rotate heads x [B, N, heads, size]."""
+    """Rotate heads x [B, N, heads, size], in the precision of the turn if that is the finer one."""
     cos, sin = turn
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def sinusoid(angles: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from model.network.layers import Block, FinalLayer, ScalarEmbedder, TextProjecti
 from model.network.masking import Kept
 from model.network.positions import LearnedPositions, sinusoids, spatial_angles, temporal_angles
 from model.network.rope import Turn, turn
+from model.network.sequence import SequenceGroup
 
 MICRO_GROUPS = [2, 2, 1, 1]
 """Scalars a group of micro-conditions: original size, crop corner, frame stride, number of frames."""
@@ -37,6 +38,7 @@ class STIV(nn.Module):
         super().__init__()
         self.config = config
         self.latent_channels = latent_channels
+        self.sequence: SequenceGroup | None = None
         size = config.hidden_size
         patch_values = config.temporal_patch_size * config.patch_size**2 * latent_channels
 
@@ -69,6 +71,8 @@ class STIV(nn.Module):
     ) -> Tensor:
         """Velocity [B, T, C, H, W] of noisy latents [B, T, C, H, W] at flow time `timestep` [B] in [0, 1].
 
+        Weights in bf16 take float32 inputs and give a float32 velocity: what is large is rounded here, time is not.
+
         Args:
             text: [B, L, text_size]; `text_mask` bool [B, L], True where a token is real (never all False).
             pooled: [B, pooled_size]. micro: [B, 6], see `conditioning.micro_conditions`.
@@ -77,11 +81,18 @@ class STIV(nn.Module):
             image: clean latents [B, C, H, W] of the first frame, for `image_cross_attention`, and bool [B] where
                 it is given.
         """
-        config = self.config
+        config, dtype, precision = self.config, latents.dtype, self.mask_token.dtype
+        latents, text, pooled = latents.to(precision), text.to(precision), pooled.to(precision)
+        if self.sequence is not None and keep_frames is not None:
+            raise ValueError(
+                "keep_frames and share_clips both cut frames; set training.temporal_mask_ratio 0 or sequence_parallel 1"
+            )
         frames = latents.shape[1] // config.temporal_patch_size
         height, width = latents.shape[3] // config.patch_size, latents.shape[4] // config.patch_size
 
         x = self._add_positions(self.patch_embedding(self._patchify(latents)), height, width)  # [B, T', S, D]
+        if self.sequence is not None:
+            x = self.sequence.scatter(x)
         text, text_mask = self._context(text, text_mask, image, image_given)  # [B, L, D], [B, L]
         condition = self._condition(timestep, pooled, micro)  # [B, D]
         modulation = F.silu(condition)
@@ -101,7 +112,16 @@ class STIV(nn.Module):
         turns = _turns(angles)
         for block in self.blocks[masked_depth:]:
             x = block(x, modulation, text, text_mask, *turns)
-        return self._unpatchify(self.final(x, condition), height, width)
+        velocity = self._unpatchify(self.final(x, condition), height, width)
+        if self.sequence is not None:
+            velocity = self.sequence.gather(velocity)
+        return velocity.to(dtype)
+
+    def share_clips(self, sequence: SequenceGroup) -> None:
+        """Let the ranks of a group hold a part of each clip's frames; every one still takes and gives whole clips."""
+        self.sequence = sequence
+        for block in self.blocks:
+            cast(Block, block).sequence = sequence
 
     def _context(
         self, text: Tensor, text_mask: Tensor, image: Tensor | None, image_given: Tensor | None
@@ -115,7 +135,7 @@ class STIV(nn.Module):
                 f"network.image_cross_attention '{self.config.image_cross_attention}' needs image and image_given;"
                 " rows without an image take zeros and image_given False"
             )
-        tokens = self.image_tokens(image)
+        tokens = self.image_tokens(image.to(text.dtype)).to(text.dtype)
         given = image_given[:, None].expand(-1, tokens.shape[1])
         return torch.cat([text, tokens], dim=1), torch.cat([text_mask, given], dim=1)
 
@@ -134,7 +154,7 @@ class STIV(nn.Module):
         if self.learned_positions is not None:
             return x + self.learned_positions(x.shape[1], height, width)
         if self.config.positions == "rope_sinusoid":
-            return x + sinusoids(self.config, x.shape[1], height, width, x.device)
+            return x + sinusoids(self.config, x.shape[1], height, width, x.device).to(x.dtype)
         return x
 
     def _angles(

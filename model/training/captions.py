@@ -11,7 +11,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from model.config import VideoConfig
 from model.data.shards import ShardSet
 from model.text import TextEmbedding
 
@@ -48,12 +47,12 @@ class CaptionTable:
         return TextEmbedding(tokens, mask[:, :length], self.embeddings.pooled[places])
 
 
-def captions_of(shards: ShardSet, video: VideoConfig) -> set[str]:
-    """Every caption that training clips of this kind may carry."""
+def captions_of(shards: ShardSet, *, stills: bool) -> set[str]:
+    """Every caption that training clips may carry, and single frames where there are `stills`."""
     captions = {entry.caption for entry in shards.entries}
-    if video.num_frames == 1:
-        stills = (shards.sample(place).extra.get("image_caption") for place in range(len(shards)))
-        captions |= {still for still in stills if isinstance(still, str)}
+    if stills:
+        found = (shards.still_caption(place) for place in range(len(shards)))
+        captions |= {still for still in found if still is not None}
     return captions
 
 

@@ -17,7 +17,8 @@ from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions, replace_frames
 from model.config import Task
 from model.data.checker import accuracy, first_frame_psnr, observe, speed_error
-from model.data.loader import ClipLoader, caption_of, middle_cut
+from model.data.cut import caption_of, middle_cut
+from model.data.loader import ClipLoader
 from model.data.moving_shapes import ShapeSpec
 from model.data.shards import Sample, ShardSet
 from model.diffusion import flow_velocity
@@ -272,4 +273,4 @@ def _spec(sample: Sample) -> ShapeSpec:
 
 
 def _caption(recipe: StageRecipe, sample: Sample) -> str:
-    return caption_of(sample, recipe.video)
+    return caption_of(sample, still=recipe.video.num_frames == 1)

@@ -6,14 +6,19 @@ It owns what may differ between a run and its resumption; it knows nothing of st
 import hashlib
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from model.checkpoint import folder as checkpoint
+from model.checkpoint.reader import Reader
+from model.checkpoint.writer import CheckpointWriter
 from model.data.loader import ClipLoader
 from model.data.shards import INDEX, ShardSet
+from model.network.recompute import compile_blocks, recompute_blocks
+from model.network.sequence import SequenceGroup
 from model.network.stiv import STIV
 from model.optim.choice import make_optimizer
 from model.optim.ema import Ema
@@ -21,15 +26,18 @@ from model.recipe import StageRecipe
 from model.text import load_text_encoder
 from model.training.captions import CaptionTable, captions_of
 from model.training.grow import grow
-from model.training.parallel import ParallelEngine, Place
+from model.training.parallel import COLLECTIVE_TIMEOUT, ParallelEngine, Place, parameter_groups
 from model.training.run import RunFolders
-from model.training.stage import StageTraining, names_of
+from model.training.stage import StageTraining
 from model.vae import HEADER, load_codec
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = frozenset({"world_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every"})
-"""Fields of `training` that may change when a run is resumed: the weights do not depend on them."""
+RESUMABLE = frozenset(
+    {"world_size", "sequence_parallel", "zero_stage", "micro_batch_size", "activation_checkpointing", "compile"}
+    | {"checkpoint_every", "keep_checkpoints", "log_every"}
+)
+"""Fields of `training` that may change when a run is resumed: the weights depend on them by rounding at most."""
 
 
 def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTraining:
@@ -41,15 +49,18 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
         video=recipe.video,
         data=recipe.data,
         micro_batch_size=training.micro_batch_size,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=place.rank // training.sequence_parallel,
+        world_size=training.data_parallel,
         seed=training.seed,
         task=recipe.task,
         mix=recipe.conditioning.mix,
         temporal_patch_size=recipe.network.temporal_patch_size,
+        buckets=recipe.data.buckets,
+        accumulation=training.gradient_accumulation_steps,
+        workers=recipe.data.workers,
     )
     encoder = load_text_encoder(recipe.text).to(place.device)
-    captions = CaptionTable.build(captions_of(shards, recipe.video), encoder.encode)
+    captions = CaptionTable.build(captions_of(shards, stills=recipe.trains_on_stills), encoder.encode)
     torch.manual_seed(training.seed)  # pyright: ignore[reportUnknownMemberType]
     network = STIV(
         recipe.network,
@@ -58,30 +69,35 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
         pooled_size=encoder.pooled_size,
     ).to(place.device)
     inputs = digests_of(folders)
-    state = latest_of(recipe, folders, inputs)
-    if state is None:
+    saved = latest_of(recipe, folders, inputs)
+    if saved is None:
         begin(network, recipe, folders.initial, folders.initial_temporal)
     else:
-        network.load_state_dict(state.model)
-    optimizer = make_optimizer(network.parameters(), recipe.optimizer)
-    ema = Ema(network, training.ema_decay)
-    if state is not None:
-        optimizer.load_state_by_name(state.optimizer, names_of(network), state.step)
-        ema.load(state.ema)
-        loader.load_state_dict(state.loader)
-        checkpoint.restore_random(state.random)
-        logger.info("resumed after step %s", state.step)
+        _fill(network, saved)
+    _spread(network, recipe)
+    optimizer = make_optimizer(parameter_groups(network), recipe.optimizer)
+    engine = ParallelEngine(network, optimizer, training, place)
+    ema = Ema(engine.masters, training.ema_decay)
+    if saved is not None:
+        optimizer.load_state(partial(saved.read, "optimizer"), saved.step)
+        ema.load(partial(saved.read, "ema"))
+        loader.load_state_dict(saved.loader)
+        checkpoint.restore_random(saved.random(place.rank))
+        logger.info("resumed after step %s", saved.step)
     return StageTraining(
         recipe=recipe,
         folders=folders,
-        engine=ParallelEngine(network, optimizer, training, place),
+        engine=engine,
         optimizer=optimizer,
         ema=ema,
         loader=loader,
         codec=load_codec(folders.codec, recipe.vae).to(place.device),
         captions=captions,
+        writer=CheckpointWriter(
+            folders.checkpoints, keep=training.keep_checkpoints, rank=place.rank, world_size=place.world_size
+        ),
         inputs=inputs,
-        step=0 if state is None else state.step,
+        step=0 if saved is None else saved.step,
     )
 
 
@@ -93,20 +109,39 @@ def digests_of(folders: RunFolders) -> dict[str, str]:
     return digests | {name: checkpoint.digest_of(path) for name, path in grown_from.items() if path is not None}
 
 
-def latest_of(recipe: StageRecipe, folders: RunFolders, inputs: Mapping[str, str]) -> checkpoint.TrainState | None:
+def latest_of(recipe: StageRecipe, folders: RunFolders, inputs: Mapping[str, str]) -> Reader | None:
     """The run's latest checkpoint, if it is of this recipe and these inputs."""
     folder = checkpoint.latest(folders.checkpoints)
     if folder is None:
         return None
-    state = checkpoint.load(folder)
-    here, there = {**_identity(recipe), **inputs}, {**_identity(state.recipe), **state.inputs}
+    saved = Reader(folder)
+    here, there = {**_identity(recipe), **inputs}, {**_identity(saved.recipe), **saved.inputs}
     changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
     if changed:
         raise ValueError(
             f"{folder} was trained otherwise: {changed[0]} was {there.get(changed[0])} and is {here.get(changed[0])}"
             f" ({len(changed)} differences); use a new run folder, or what it began with"
         )
-    return state
+    return saved
+
+
+def _spread(network: STIV, recipe: StageRecipe) -> None:
+    """Have the network's blocks run as the recipe says: by several ranks, with less kept, compiled."""
+    training = recipe.training
+    if training.sequence_parallel > 1:
+        network.share_clips(SequenceGroup.join(training.sequence_parallel, COLLECTIVE_TIMEOUT))
+    if training.activation_checkpointing:
+        recompute_blocks(network)
+    if training.compile:
+        compile_blocks(network)
+
+
+@torch.no_grad()
+def _fill(network: STIV, saved: Reader) -> None:
+    """Put the masters back; parameter by parameter, so that no second copy of all of them is needed."""
+    saved.require("model", {name: parameter.shape for name, parameter in network.named_parameters()})
+    for name, parameter in network.named_parameters():
+        parameter.copy_(saved.read("model", name).view(parameter.shape))
 
 
 def _identity(recipe: StageRecipe) -> dict[str, object]:
@@ -118,7 +153,10 @@ def _identity(recipe: StageRecipe) -> dict[str, object]:
             flat |= {f"{name}.{key}": value for key, value in cast(dict[str, object], section).items()}
         else:
             flat[name] = section
-    return {key: value for key, value in flat.items() if key not in {f"training.{field}" for field in RESUMABLE}}
+    free = {f"training.{field}" for field in RESUMABLE} | {"data.workers", "data.max_corrupt"}
+    if recipe.data.buckets:
+        free.discard("training.micro_batch_size")  # it decides how many clips of a bucket a step holds
+    return {key: value for key, value in flat.items() if key not in free}
 
 
 def begin(network: STIV, recipe: StageRecipe, initial: Path | None, initial_temporal: Path | None = None) -> None:

@@ -46,6 +46,11 @@ class RunFolders:
         return self.run / "progress.jsonl"
 
     @property
+    def goodput(self) -> Path:
+        """The ledger of where the run's time went."""
+        return self.run / "goodput.jsonl"
+
+    @property
     def metrics_port(self) -> Path:
         """The port rank 0 serves metrics on, while it runs."""
         return self.run / "metrics_port"
@@ -56,6 +61,15 @@ class RunFolders:
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
+
+    def heartbeat(self, rank: int) -> Path:
+        """The rank's last sign of life."""
+        return self.run / "heartbeats" / f"rank-{rank}.json"
+
+    @property
+    def incidents(self) -> Path:
+        """What befell the ranks, one file each."""
+        return self.run / "incidents"
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,6 +90,23 @@ class ProgressLine:
     """Over all ranks."""
     elapsed_seconds: float
     """Spent in this run's steps and checkpoints, interruptions left out."""
+    data_wait_seconds: float | None = None
+    """The part of `step_seconds` in which the first rank waited for data."""
+    tokens_per_second: float | None = None
+    """Over all ranks, of whole clips: masked tokens count."""
+    mfu: float | None = None
+    """Share of the hardware's peak that the model's FLOPs took of `step_seconds`; None where the peak is unknown."""
+    hfu: float | None = None
+    """The same with what is computed again in backward."""
+    straggler_ratio: float | None = None
+    """The slowest rank's own time over the median rank's, since the line before; None of a single rank."""
+    spent_seconds: dict[str, float] | None = None
+    """The run's time so far by account of its ledger, interruptions included."""
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of that time that went into steps that count."""
+        return self.spent_seconds["step"] / sum(self.spent_seconds.values()) if self.spent_seconds else None
 
 
 def read_progress(path: Path) -> list[ProgressLine]:
@@ -100,15 +131,15 @@ def append_progress(path: Path, line: ProgressLine) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, *, patience: float = 60.0) -> Generator[None]:
-    """Hold a run folder, so that two launches never write at once.
+def exclusive(folder: Path, *, name: str = "lock", patience: float = 60.0) -> Generator[None]:
+    """Hold a run folder, so that two launches never write at once; locks of other names are held beside each other.
 
     The kernel drops the lock with the process that holds it, however that ends. A rank that a killed launcher left
     behind is given `patience` seconds for its last step and checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
-    with (folder / "lock").open("a+") as file:
+    with (folder / name).open("a+") as file:
         while not _locked(file):
             if time.monotonic() > deadline:
                 file.seek(0)

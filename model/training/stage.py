@@ -5,17 +5,21 @@ It owns the order of things within a step. It knows nothing of when to save or s
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.checkpoint import folder as checkpoint
+from model.checkpoint.state import Part, Piece, RankState
+from model.checkpoint.writer import CheckpointWriter
 from model.conditioning import Conditions, replace_frames
-from model.data.loader import ClipBatch, ClipLoader
+from model.data.batch import ClipBatch
+from model.data.loader import ClipLoader
 from model.flow_matching import loss_weight, masked_loss, path
+from model.network.cost import Cost, training_cost
 from model.optim.ema import Ema
+from model.optim.fragment import Fragment
 from model.optim.optimizer import StageOptimizer
 from model.recipe import StageRecipe
 from model.training.captions import CaptionTable
@@ -23,12 +27,28 @@ from model.training.draws import Draws, draw
 from model.training.parallel import ParallelEngine
 from model.training.run import RunFolders
 from model.vae import FrameCodec
+from monitoring.goodput import Ledger
 
 logger = logging.getLogger(__name__)
 
 
 class Diverged(ArithmeticError):
     """A loss or gradient that is not finite; the run's last checkpoint is from before it."""
+
+
+@dataclass(slots=True, frozen=True)
+class StepDone:
+    """What a step came to."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    stopping: bool
+    """Whether any rank was asked to stop."""
+    cost: Cost
+    """Of all ranks together."""
+    rank_seconds: list[float]
+    """Each rank's own time in it: its forward passes, in which it waits for no other."""
 
 
 @dataclass(slots=True)
@@ -43,34 +63,42 @@ class StageTraining:
     loader: ClipLoader
     codec: FrameCodec
     captions: CaptionTable
+    writer: CheckpointWriter
     inputs: dict[str, str]
     """Digests of what the run was started from."""
     step: int
     """Optimizer steps done."""
 
-    def train_step(self, rate: float, should_stop: Callable[[], bool]) -> tuple[float, float, bool]:
-        """One global batch; its loss, its gradient norm before clipping, and whether any rank was asked to stop."""
-        loss = 0.0
-        for micro_batch in range(self.recipe.training.gradient_accumulation_steps):
-            part = self._loss(next(self.loader), micro_batch)
+    def train_step(self, rate: float, should_stop: Callable[[], bool], ledger: Ledger) -> StepDone:
+        """One global batch, its waits for data booked to the ledger."""
+        training, own = self.recipe.training, self.engine.stopwatch()
+        loss, cost = 0.0, Cost()
+        for _ in range(training.gradient_accumulation_steps):
+            with ledger.book("data_wait"):
+                batch = next(self.loader)
+            with own.running():
+                part, part_cost = self._loss(batch)
             self.engine.backward(part)
-            loss += part.item() / self.recipe.training.gradient_accumulation_steps
-        loss, stopping = self.engine.mean(loss, float(should_stop()))
-        grad_norm = self.engine.clip_gradients()
+            loss += part.item() / training.gradient_accumulation_steps
+            cost += part_cost
+        ranks = self.engine.gather(loss, float(should_stop()), own.take())
+        losses, asked, rank_seconds = (list(column) for column in zip(*ranks, strict=True))
+        loss = sum(losses) / len(ranks)
+        self.optimizer.learning_rate = rate
+        grad_norm = self.engine.step() if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._diverged(loss, grad_norm, rate)
-        self.optimizer.learning_rate = rate
-        self.engine.step()
         self.ema.update(self.step)
         self.step += 1
-        return loss, grad_norm, stopping > 0
+        return StepDone(loss, grad_norm, any(asked), cost * training.data_parallel, rank_seconds)
 
-    def _loss(self, batch: ClipBatch, micro_batch: int) -> Tensor:
-        recipe, device = self.recipe, self.engine.place.device
-        latents = self.codec.encode(batch.frames.to(device))
-        drawn = self._draw(micro_batch, latents)
+    def _loss(self, batch: ClipBatch) -> tuple[Tensor, Cost]:
+        recipe = self.recipe if batch.bucket is None else self.recipe.in_shape(batch.bucket)
+        batch = batch.to(self.engine.place.device)
+        latents = self.codec.encode(batch.frames)
+        drawn = self._draw(recipe, batch.numbers, latents)
         text = self.captions.rows(batch.captions, drawn.text_dropped)
-        conditions = Conditions.of(text, batch.micro.to(device))
+        conditions = Conditions.of(text, batch.micro)
         if recipe.network.image_cross_attention != "off":
             conditions = conditions.with_image(latents[:, 0], drawn.frame_mask[:, 0])
         noisy, target = path(recipe.flow, latents, drawn.noise, drawn.timestep)
@@ -96,50 +124,55 @@ class StageTraining:
             keep_frames=drawn.keep_frames,
             temporal_patch_size=recipe.network.temporal_patch_size,
         )
-        return masked_loss(prediction, target, weight)
+        cost = training_cost(
+            recipe.network,
+            recipe.training,
+            latents=latents.shape,
+            text=conditions.text.shape,
+            pooled_size=conditions.pooled.shape[-1],
+            masked=self.step < recipe.training.steps,
+        )
+        return masked_loss(prediction, target, weight), cost
 
-    def _draw(self, micro_batch: int, latents: Tensor) -> Draws:
-        """What is random about this rank's clips; nothing is masked in the last phase."""
-        training = self.recipe.training
+    def _draw(self, recipe: StageRecipe, numbers: Sequence[int], latents: Tensor) -> Draws:
+        """What is random about these clips; nothing is masked in the last phase."""
+        training = recipe.training
         masked = self.step < training.steps
         return draw(
-            self.recipe,
-            self._numbers(micro_batch),
+            recipe,
+            numbers,
             latents.shape[1:],
             mask_ratio=training.mask_ratio if masked else 0.0,
             temporal_mask_ratio=training.temporal_mask_ratio if masked else 0.0,
         ).to(latents.device)
 
-    def _numbers(self, micro_batch: int) -> range:
-        """Places of this rank's clips in the global order of the run."""
-        training, place = self.recipe.training, self.engine.place
-        turn = micro_batch * place.world_size + place.rank
-        first = self.step * training.global_batch_size + turn * training.micro_batch_size
-        return range(first, first + training.micro_batch_size)
-
-    def save(self) -> Path:
-        state = checkpoint.TrainState(
+    def save(self) -> float:
+        """Begin to write a checkpoint; the seconds that training stood still for it."""
+        place, masters = self.engine.place, self.engine.masters
+        runs: dict[Part, Sequence[Fragment]] = {
+            "model": masters,
+            "ema": self.ema.averages,
+            "optimizer": self.optimizer.state_of(masters),
+        }
+        state = RankState(
             step=self.step,
-            model=self.engine.network.state_dict(),
-            ema=self.ema.weights,
-            optimizer=self.optimizer.state_by_name(names_of(self.engine.network)),
+            rank=place.rank,
+            world_size=place.world_size,
+            tensors={
+                part: {run.name: Piece(run.shape, run.start, run.values) for run in own} for part, own in runs.items()
+            },
             random=checkpoint.random_state(),
             loader=self.loader.state_dict(),
             inputs=self.inputs,
             recipe=self.recipe,
         )
-        folder = checkpoint.save(self.folders.checkpoints, state, keep=self.recipe.training.keep_checkpoints)
-        logger.info("saved %s", folder)
-        return folder
+        return self.writer.save(state)
 
     def _diverged(self, loss: float, grad_norm: float, rate: float) -> Diverged:
+        self.writer.wait()
         good = checkpoint.latest(self.folders.checkpoints)
         return Diverged(
             f"step {self.step}: loss {loss}, gradient norm {grad_norm} at learning rate {rate};"
             f" last good checkpoint: {good or 'none yet'}; lower optimizer.lr or lengthen optimizer.warmup_steps, and"
             " train in a new run folder"
         )
-
-
-def names_of(network: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in network.named_parameters()}
