@@ -139,7 +139,9 @@ def _spread(network: STIV, recipe: StageRecipe) -> None:
 @torch.no_grad()
 def _fill(network: STIV, saved: Reader) -> None:
     """Put the masters back; parameter by parameter, so that no second copy of all of them is needed."""
-    saved.require("model", {name: parameter.shape for name, parameter in network.named_parameters()})
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    saved.require("model", shapes)
+    saved.require("ema", shapes)
     for name, parameter in network.named_parameters():
         parameter.copy_(saved.read("model", name).view(parameter.shape))
 

@@ -84,6 +84,8 @@ class StageTraining:
         ranks = self.engine.gather(loss, float(should_stop()), own.take())
         losses, asked, rank_seconds = (list(column) for column in zip(*ranks, strict=True))
         loss = sum(losses) / len(ranks)
+        with ledger.book("checkpoint_stall"):
+            self.writer.settle()
         self.optimizer.learning_rate = rate
         grad_norm = self.engine.step() if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -146,8 +148,8 @@ class StageTraining:
             temporal_mask_ratio=training.temporal_mask_ratio if masked else 0.0,
         ).to(latents.device)
 
-    def save(self) -> float:
-        """Begin to write a checkpoint; the seconds that training stood still for it."""
+    def save(self) -> None:
+        """Begin to write a checkpoint; the next step waits for its copy before it moves anything."""
         place, masters = self.engine.place, self.engine.masters
         runs: dict[Part, Sequence[Fragment]] = {
             "model": masters,
@@ -166,7 +168,7 @@ class StageTraining:
             inputs=self.inputs,
             recipe=self.recipe,
         )
-        return self.writer.save(state)
+        self.writer.begin(state)
 
     def _diverged(self, loss: float, grad_norm: float, rate: float) -> Diverged:
         self.writer.wait()
