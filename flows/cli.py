@@ -76,6 +76,9 @@ def train(
     overrides: SetOption = None,
     store: StoreOption = "runs/store",
     work: WorkOption = Path("runs/work/by-hand"),
+    checkpoint_store: Annotated[
+        str | None, typer.Option(help="folder or s3:// that keeps checkpoints too; an empty --work goes on from it")
+    ] = None,
 ) -> None:
     """Train one stage, evaluate it and promote it through its gate; the curriculum flow does this for all."""
     from flows.watch import StageDisplay
@@ -89,6 +92,7 @@ def train(
             work,
             who=getpass.getuser(),
             on_progress=lambda lines: display.show(stage, wanted.training.total_steps, lines),
+            checkpoint_store=checkpoint_store,
         )
     _print_gate(outcome.gate)
 

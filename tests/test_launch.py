@@ -171,6 +171,27 @@ def test_a_stage_grows_from_its_parent_and_says_where_it_diverged(
 
 
 @pytest.mark.timeout(600)
+def ema_of(folders: RunFolders) -> dict[str, torch.Tensor]:
+    """Of the last step's checkpoint."""
+    folder = checkpoint.latest(folders.checkpoints)
+    assert folder is not None and folder.name == f"step-{TOTAL_STEPS:08d}"
+    return checkpoint.load_weights(folder, "ema")
+
+
+def test_an_empty_machine_goes_on_from_the_store_of_checkpoints(inputs: Inputs, tmp_path: Path) -> None:
+    recipe, folders, store = stage(**STEPS), inputs.folders(tmp_path / "run"), str(tmp_path / "store")
+    gang = LocalGang.start(StageLaunch(recipe, folders, checkpoint_store=store))
+    assert gang.wait(PATIENCE) == "succeeded"
+    weights = ema_of(folders)
+
+    elsewhere = inputs.folders(tmp_path / "elsewhere")
+    gang = LocalGang.start(StageLaunch(recipe, elsewhere, checkpoint_store=store))
+    assert gang.wait(PATIENCE) == "succeeded"
+    assert not read_progress(elsewhere.progress), "it had nothing left to do"
+    found = ema_of(elsewhere)
+    assert all(torch.equal(found[name], x) for name, x in weights.items())
+
+
 def test_a_joint_start_takes_time_from_one_promoted_parent_and_the_rest_from_the_other(tmp_path: Path) -> None:
     images, videos = short("t2i", lr=1e-3), short("t2v", lr=1e-3)
     # So small a rate that the weights end where they began: what was grown is what is published.

@@ -41,6 +41,7 @@ _PASSED_ON = re.compile(
 """Variables a rank may see. An allow-list, since no list of secrets is ever complete; ranks need no credentials."""
 _RUN_VARIABLE = "STIV_RUN_FOLDER"
 """In the environment of torchrun and of all that descends from it: so they are found even when torchrun is gone."""
+_STORE_ACCESS = re.compile(r"AWS_\w+")
 _FAILURE = re.compile(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+) \(pid: (\d+)\)", re.DOTALL)
 _CLOSED = re.compile(r"Sending process (\d+) closing signal")
 _SIGNALLED = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
@@ -54,6 +55,8 @@ class StageLaunch:
     folders: RunFolders
     metrics_port: int = 0
     """Prometheus port of rank 0; 0 takes a free one and writes it to `folders.metrics_port`."""
+    checkpoint_store: str | None = None
+    """Where checkpoints are kept beside the run folder; an empty run folder goes on from there."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -118,7 +121,9 @@ class LocalGang:
         with log_of(folders, None).open("wb") as output:
             torchrun = subprocess.Popen(
                 command(launch),
-                env=environment(os.environ, launch.recipe.training.world_size)
+                env=environment(
+                    os.environ, launch.recipe.training.world_size, store=launch.checkpoint_store is not None
+                )
                 | {_RUN_VARIABLE: str(folders.run.resolve())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -257,14 +262,21 @@ def command(launch: StageLaunch) -> list[str]:
         options += ["--initial", folders.initial]
     if folders.initial_temporal is not None:
         options += ["--initial-temporal", folders.initial_temporal]
+    if launch.checkpoint_store is not None:
+        options += ["--checkpoint-store", launch.checkpoint_store]
     options += ["--metrics-port", launch.metrics_port]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "infra.launch.rank"]
     return [*torchrun, *(str(option) for option in options)]
 
 
-def environment(given: Mapping[str, str], world_size: int) -> dict[str, str]:
-    """The ranks' variables: no secrets, our packages importable, the cores shared out."""
-    passed_on = {name: value for name, value in given.items() if _PASSED_ON.fullmatch(name)}
+def environment(given: Mapping[str, str], world_size: int, *, store: bool = False) -> dict[str, str]:
+    """The ranks' variables: no secrets but those of a `store` they write to, our packages importable, the cores shared
+    out."""
+    passed_on = {
+        name: value
+        for name, value in given.items()
+        if _PASSED_ON.fullmatch(name) or (store and _STORE_ACCESS.fullmatch(name))
+    }
     path = [str(_ROOT), *filter(None, [given.get("PYTHONPATH")])]
     threads = max(1, _cores() // world_size)
     # Passive: threads that spin while others hold the cores turn a busy machine's seconds into minutes.

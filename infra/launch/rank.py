@@ -70,13 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace, folders: RunFolders, should_stop: StopRequest, beat: Heartbeat) -> bool:
     # Only now: these take seconds, and whatever goes wrong in them is in the rank's log.
+    from infra.checkpoints import StoreSink
     from model.recipe import loads_stage
     from model.training.loop import train
     from monitoring.logs import configure
 
     recipe = loads_stage(options.recipe.read_bytes())
     configure(stage=recipe.name, rank=beat.rank)
-    return train(recipe, folders, metrics_port=options.metrics_port, should_stop=should_stop, beat=beat)
+    sink = None if options.checkpoint_store is None else StoreSink.open(options.checkpoint_store, recipe.name)
+    return train(recipe, folders, metrics_port=options.metrics_port, should_stop=should_stop, beat=beat, sink=sink)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -89,6 +91,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--initial", type=Path, help="the parent stage's checkpoint folder")
     parser.add_argument("--initial-temporal", type=Path, help="the temporal parent's, for its temporal attention")
+    parser.add_argument("--checkpoint-store", help="folder or s3:// where checkpoints are kept as well")
     parser.add_argument("--metrics-port", type=int, default=0, help="Prometheus port of rank 0; 0 takes a free one")
     return parser.parse_args(arguments)
 

@@ -49,11 +49,18 @@ class StageOutcome:
 
 
 def run_stage(
-    recipe: StageRecipe, registry: Registry, work: Path, *, who: str, on_progress: OnProgress
+    recipe: StageRecipe,
+    registry: Registry,
+    work: Path,
+    *,
+    who: str,
+    on_progress: OnProgress,
+    checkpoint_store: str | None = None,
 ) -> StageOutcome:
     """Train `recipe` from its parents' promoted checkpoints and promote what passes its gate.
 
-    Below `work` lies all that is written; calling it again after an interruption resumes.
+    Below `work` lies all that is written; calling it again after an interruption resumes. With a `checkpoint_store`,
+    which is no store of a registry, checkpoints are kept there too, and an empty `work` resumes from it.
 
     Raises:
         ArtifactNotFound: data set, codec or a parent has not been promoted yet.
@@ -67,7 +74,7 @@ def run_stage(
     seconds["fetch"] = time.monotonic() - clock
 
     clock = time.monotonic()
-    _train(StageLaunch(recipe, folders), on_progress)
+    _train(StageLaunch(recipe, folders, checkpoint_store=checkpoint_store), on_progress)
     seconds["train"] = time.monotonic() - clock
 
     clock = time.monotonic()

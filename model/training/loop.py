@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
+from model.checkpoint.sink import CheckpointSink
 from model.config import TrainingConfig
 from model.optim.choice import learning_rate
 from model.planning.gpu import gpu_of
@@ -30,11 +31,13 @@ def train(
     metrics_port: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     beat: Callable[[int, Phase], None] = lambda step, phase: None,
+    sink: CheckpointSink | None = None,
 ) -> bool:
     """Train a stage, from its parent, from scratch, or on from the run folder's latest checkpoint.
 
     Every rank calls it. Where `should_stop` turns true on any rank, all finish that step and a checkpoint is written.
-    `beat` is told the steps done and what comes next.
+    `beat` is told the steps done and what comes next. Checkpoints go to `sink` as well, and an empty run folder goes
+    on from there.
 
     Returns:
         True when all steps are done, False when it was stopped before.
@@ -43,7 +46,7 @@ def train(
     place = parallel.join(training)
     with exclusive(folders.run) if place.is_first else nullcontext():
         ledger = Ledger(folders.goodput if place.is_first else None, "init", age=process_age())
-        stage = prepare(recipe, folders, place)
+        stage = prepare(recipe, folders, place, sink)
         first_step = stage.step
         journal = None
         if place.is_first:

@@ -76,9 +76,14 @@ def join(training: TrainingConfig) -> Place:
     return place
 
 
+def meet() -> None:
+    """Wait for the other ranks."""
+    torch.distributed.barrier()  # pyright: ignore[reportUnknownMemberType]
+
+
 def leave() -> None:
     """Wait for the other ranks, then part."""
-    torch.distributed.barrier()  # pyright: ignore[reportUnknownMemberType]
+    meet()
     torch.distributed.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader
+from model.checkpoint.sink import CheckpointSink, restore
 from model.checkpoint.writer import CheckpointWriter
 from model.data.loader import ClipLoader
 from model.data.shards import INDEX, ShardSet
@@ -26,7 +27,7 @@ from model.recipe import StageRecipe
 from model.text import load_text_encoder
 from model.training.captions import CaptionTable, captions_of
 from model.training.grow import grow
-from model.training.parallel import COLLECTIVE_TIMEOUT, ParallelEngine, Place, parameter_groups
+from model.training.parallel import COLLECTIVE_TIMEOUT, ParallelEngine, Place, meet, parameter_groups
 from model.training.run import RunFolders
 from model.training.stage import StageTraining
 from model.vae import HEADER, load_codec
@@ -40,7 +41,9 @@ RESUMABLE = frozenset(
 """Fields of `training` that may change when a run is resumed: the weights depend on them by rounding at most."""
 
 
-def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTraining:
+def prepare(
+    recipe: StageRecipe, folders: RunFolders, place: Place, sink: CheckpointSink | None = None
+) -> StageTraining:
     """Everything built and, where the run has a checkpoint, put back to where it was."""
     training = recipe.training
     shards = ShardSet(folders.data / "train")
@@ -69,6 +72,10 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
         pooled_size=encoder.pooled_size,
     ).to(place.device)
     inputs = digests_of(folders)
+    if sink is not None:
+        if place.is_first:
+            restore(folders.checkpoints, sink)
+        meet()
     saved = latest_of(recipe, folders, inputs)
     if saved is None:
         begin(network, recipe, folders.initial, folders.initial_temporal)
@@ -94,7 +101,7 @@ def prepare(recipe: StageRecipe, folders: RunFolders, place: Place) -> StageTrai
         codec=load_codec(folders.codec, recipe.vae).to(place.device),
         captions=captions,
         writer=CheckpointWriter(
-            folders.checkpoints, keep=training.keep_checkpoints, rank=place.rank, world_size=place.world_size
+            folders.checkpoints, keep=training.keep_checkpoints, rank=place.rank, world_size=place.world_size, sink=sink
         ),
         inputs=inputs,
         step=0 if saved is None else saved.step,
