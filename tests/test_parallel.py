@@ -29,7 +29,9 @@ HALF: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every case came to on this number of ranks; one start for all, since it takes seconds."""
     folder = tmp_path_factory.mktemp("ranks")
