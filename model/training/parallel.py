@@ -180,10 +180,6 @@ class ParallelEngine:
             self._engine.step()
         return norm
 
-    def mean(self, *values: float) -> list[float]:
-        """Means over ranks of a few numbers; every rank gets them."""
-        return [sum(column) / self.place.world_size for column in zip(*self.gather(*values), strict=True)]
-
     def gather(self, *values: float) -> list[list[float]]:
         """A few numbers of each rank, in the ranks' order; every rank gets them."""
         if self.place.world_size == 1:
