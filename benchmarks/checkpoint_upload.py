@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flows.catalog import recipe_path
 from infra.checkpoints import StoreSink
-from infra.store import open_store
+from infra.store.location import open_store
 from model.checkpoint.manifest import Manifest
 from model.checkpoint.state import PARTS, Piece, RankState, random_state
 from model.checkpoint.upload import Upload

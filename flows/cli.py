@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flows.catalog import recipe_path
 from infra.registry import GateReport, Registry, evaluate_gate
-from infra.store import open_store
+from infra.store.location import open_store
 from model.recipe import Curriculum, dumps, load, loads_stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -18,7 +18,7 @@ from flows.catalog import recipe_path
 from flows.results import stage_result
 from infra.refs import CODEC, DATASET, promoted
 from infra.registry import Registry
-from infra.store import open_store
+from infra.store.location import open_store
 from model.recipe import load
 
 STAGES = ("t2i", "t2v", "ti2v")

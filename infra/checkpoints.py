@@ -9,8 +9,17 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Blob, Conflict, blob_key
-from infra.store import S3Access, open_store
+from infra.store.artifacts import (
+    AlreadyExists,
+    ArtifactCorrupt,
+    ArtifactNotFound,
+    ArtifactStore,
+    Blob,
+    Conflict,
+    blob_key,
+)
+from infra.store.location import open_store
+from infra.store.s3 import S3Access
 from model.checkpoint.manifest import Entry
 
 FOLDER = "checkpoints/"

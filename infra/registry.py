@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from infra.artifacts import (
+from infra.store.artifacts import (
     AlreadyExists,
     ArtifactCorrupt,
     ArtifactNotFound,

@@ -34,7 +34,7 @@ def die_at(number: int) -> None:
 
 def main() -> None:
     from infra.checkpoints import StoreSink
-    from infra.store import FolderStore
+    from infra.store.folder import FolderStore
     from tests.checkpoints import save_cut, tensors
 
     for line in sys.stdin:

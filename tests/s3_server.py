@@ -19,7 +19,9 @@ import boto3  # pyright: ignore[reportMissingTypeStubs]
 import httpx
 import pytest
 
-from infra.store import ArtifactStore, S3Access, open_store
+from infra.store.artifacts import ArtifactStore
+from infra.store.location import open_store
+from infra.store.s3 import S3Access
 
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-key"

@@ -57,7 +57,9 @@ def small_house(tmp_path: Path) -> Path:
     for room in ROOMS:
         (tmp_path / room).mkdir()
         (tmp_path / room / ("catalog.py" if room == "flows" else "__init__.py")).touch()
-    (tmp_path / "infra" / "store.py").write_text("import boto3\n")
+    (tmp_path / "infra" / "store").mkdir()
+    (tmp_path / "infra" / "store" / "__init__.py").touch()
+    (tmp_path / "infra" / "store" / "s3.py").write_text("import boto3\n")
     return tmp_path
 
 

@@ -77,7 +77,7 @@ def outcome(progress):
     """What `run_stage` hands over."""
     from infra.launch.stage import StageOutcome
     from infra.registry import Registry, evaluate_gate
-    from infra.store import open_store
+    from infra.store.location import open_store
     from model.config import GateRule
 
     grid = Path("samples.png")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from infra.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactStore, Conflict
 from infra.checkpoints import POINTER, StoreSink
-from infra.store import FolderStore
+from infra.store.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactStore, Conflict
+from infra.store.folder import FolderStore
 from model.checkpoint.folder import latest, verify
 from model.checkpoint.reader import Reader
 from model.checkpoint.sink import restore

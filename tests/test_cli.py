@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
-from infra.store import open_store
+from infra.store.location import open_store
 
 Stiv = Callable[..., tuple[int, str, str]]
 

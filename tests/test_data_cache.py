@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infra.artifacts import ArtifactCorrupt, ArtifactStore, blob_key
-from infra.store import open_store
+from infra.store.artifacts import ArtifactCorrupt, ArtifactStore, blob_key
+from infra.store.location import open_store
 from model.config import DataConfig, VideoConfig
 from model.data.cache import ShardCache
 from model.data.clips import shape_samples

@@ -19,7 +19,7 @@ from infra.ingest import ingest
 from infra.launch.stage import run_stage
 from infra.refs import CANDIDATE, promoted
 from infra.registry import PromotionRefused, Registry
-from infra.store import open_store
+from infra.store.location import open_store
 from model.recipe import Curriculum, load
 from model.training.run import read_progress
 

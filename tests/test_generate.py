@@ -15,7 +15,7 @@ from infra.ingest import ingest
 from infra.launch.stage import StageOutcome, run_stage
 from infra.registry import Registry
 from infra.serving import media
-from infra.store import open_store
+from infra.store.location import open_store
 from model.config import ConditioningConfig, CorpusConfig
 from model.data.moving_shapes import generate
 from model.data.scenes import read_frames

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flows import cli
 from infra.registry import Registry
-from infra.store import open_store
+from infra.store.location import open_store
 from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions
 from model.data.clips import SHAPES_SOURCE, shape_samples

@@ -22,7 +22,7 @@ from infra.engines import export_engine
 from infra.pretrained import export_pretrained, import_pretrained
 from infra.refs import CODEC, DATASET
 from infra.registry import PromotionRefused, Registry, evaluate_gate
-from infra.store import open_store
+from infra.store.location import open_store
 from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader
 from model.config import FlowConfig, GateRule, NetworkConfig, VaeConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Blob, Conflict
 from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
-from infra.store import FolderStore
+from infra.store.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Blob, Conflict
+from infra.store.folder import FolderStore
 from model.config import GateRule
 
 RULES = (GateRule(metric="heldout_loss", op="<", bound=0.5), GateRule(metric="loads", op=">=", bound=1))

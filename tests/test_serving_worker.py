@@ -8,7 +8,7 @@ from infra.serving.jobs import Job, JobStore
 from infra.serving.limits import VideoRequest
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.worker import Worker
-from infra.store import FolderStore
+from infra.store.folder import FolderStore
 from tests.tiny_server import image, request, tiny_pipeline, tiny_settings
 
 

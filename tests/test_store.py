@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifacts import blob_key
-from infra.store import (
+from infra.store.artifacts import (
     AlreadyExists,
     ArtifactCorrupt,
     ArtifactNotFound,
     ArtifactStore,
     Blob,
     Conflict,
-    FolderStore,
-    S3Store,
     StoreRefused,
-    open_store,
+    blob_key,
 )
+from infra.store.folder import FolderStore
+from infra.store.location import open_store
+from infra.store.s3 import S3Store
 from tests.s3_server import S3Server
 
 ABSENT = "0" * 64

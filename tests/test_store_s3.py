@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from infra.store import AlreadyExists, S3Access, StoreRefused, open_store
+from infra.store.artifacts import AlreadyExists, StoreRefused
+from infra.store.location import open_store
+from infra.store.s3 import S3Access
 from tests.s3_server import S3Server
 
 

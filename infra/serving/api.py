@@ -39,7 +39,7 @@ from infra.serving.schema import (
     parse_create,
 )
 from infra.serving.settings import ServerSettings
-from infra.store import ArtifactStore
+from infra.store.artifacts import ArtifactStore
 from monitoring import metrics
 
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}

@@ -20,7 +20,7 @@ from infra.serving.limits import ServedModel, ServingLimits
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.settings import ServerSettings
 from infra.serving.worker import Worker
-from infra.store import open_store
+from infra.store.location import open_store
 from monitoring import logs, metrics
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from infra.serving.jobs import Job, JobStore, new_owner
 from infra.serving.pipeline import DenoiseRow, Diverged, VideoPipeline
 from infra.serving.scheduler import Scheduler
 from infra.serving.settings import ServerSettings
-from infra.store import ArtifactStore
+from infra.store.artifacts import ArtifactStore
 from model.generation import Clip
 from monitoring import metrics
 from monitoring.logs import bound

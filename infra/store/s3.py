@@ -1,21 +1,17 @@
-"""The two artifact stores, a folder and S3 (the only door to boto3), and `open_store`, which picks by URL.
+"""A store in an S3 bucket; the only door to boto3.
 
-It owns how each keeps the promise of `infra.artifacts`; it knows nothing of manifests, refs, or what a blob means.
+It owns how a server that honours conditions keeps the promise of `infra.store.artifacts`; it knows nothing of what is
+stored.
 """
 
-import fcntl
-import hashlib
 import logging
-import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
-from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import boto3.session  # pyright: ignore[reportMissingTypeStubs]
@@ -29,12 +25,10 @@ from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs]
     PartialCredentialsError,
 )
 
-from infra.artifacts import (
+from infra.store.artifacts import (
     AlreadyExists,
-    ArtifactCorrupt,
     ArtifactNotFound,
     ArtifactStore,
-    Blob,
     Conflict,
     StoreRefused,
     Versioned,
@@ -42,160 +36,11 @@ from infra.artifacts import (
     check_prefix,
 )
 
-__all__ = [
-    "AlreadyExists",
-    "ArtifactCorrupt",
-    "ArtifactNotFound",
-    "ArtifactStore",
-    "Blob",
-    "Conflict",
-    "FolderStore",
-    "S3Access",
-    "S3Store",
-    "StoreRefused",
-    "Versioned",
-    "open_store",
-]
-
 logger = logging.getLogger(__name__)
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PROBE = ".probe"
 _RACE_ATTEMPTS = 6
-
-
-class FolderStore(ArtifactStore):
-    """A store in a folder of a POSIX file system with hard links; every write is on disk before it is reported."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
-        self.url = self.root.as_uri()
-        self._temporary = self.root / ".tmp"
-        try:
-            self._temporary.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreRefused(
-                f"{root} cannot hold a store: {error.strerror}; name a folder one can write to"
-            ) from None
-
-    def create(self, key: str, data: bytes) -> str:
-        target = self.root / check_key(key)
-        version = self._version(key, data)
-        try:
-            # A link, unlike a rename, fails when the name is taken.
-            with self._placed(target, os.link) as file:
-                file.write(data)
-        except (FileExistsError, NotADirectoryError):
-            raise AlreadyExists(f"{self.url}/{key} already exists, or is a folder of others") from None
-        return version
-
-    def read(self, key: str) -> Versioned:
-        check_key(key)
-        with self._locked(fcntl.LOCK_SH):
-            return self._read(key)
-
-    def swap(self, key: str, data: bytes, expected: str) -> str:
-        check_key(key)
-        with self._locked(fcntl.LOCK_EX):
-            found = self._read(key).version
-            if found != expected:
-                raise Conflict(f"{self.url}/{key} is at version {found}, not {expected}: read it again")
-            # The counter goes first: a crash in between costs a rival one more read and never hides a change.
-            moves = self._count(key) + 1
-            with self._placed(self._counter(key)) as file:
-                file.write(str(moves).encode())
-            with self._placed(self.root / key) as file:
-                file.write(data)
-            return self._version(key, data)
-
-    def list(self, prefix: str = "") -> Sequence[str]:
-        start = self.root / check_prefix(prefix).rpartition("/")[0]
-        found: list[str] = []
-        for folder, subfolders, names in os.walk(start):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            keys = [(Path(folder) / name).relative_to(self.root).as_posix() for name in names if name[0] != "."]
-            found += [key for key in keys if key.startswith(prefix)]
-        return sorted(found)
-
-    def _read(self, key: str) -> Versioned:
-        with self._present(key):
-            data = (self.root / key).read_bytes()
-            return Versioned(data, self._version(key, data))
-
-    def _version(self, key: str, data: bytes) -> str:
-        # The counter tells bytes that came back apart; the digest tells a file somebody edited by hand.
-        return f"{self._count(key)}-{hashlib.sha256(data).hexdigest()}"
-
-    def _counter(self, key: str) -> Path:
-        return self.root / ".swaps" / key
-
-    def _count(self, key: str) -> int:
-        counter = self._counter(key)
-        return int(counter.read_bytes()) if counter.exists() else 0
-
-    def _size(self, key: str) -> int | None:
-        path = self.root / key
-        return path.stat().st_size if path.is_file() else None
-
-    def _upload(self, key: str, path: Path) -> None:
-        with path.open("rb") as source, self._placed(self.root / key) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-
-    def _download(self, key: str, path: Path) -> None:
-        with self._present(key):
-            shutil.copyfile(self.root / key, path)
-
-    def _discard(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
-
-    @contextmanager
-    def _present(self, key: str) -> Generator[None]:
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise ArtifactNotFound(f"{self.url}/{key}: no such object") from None
-
-    @contextmanager
-    def _placed(self, target: Path, place: Callable[[Path, Path], None] = os.replace) -> Generator[BinaryIO]:
-        """A file to write; it gets the target's name once all of it is on disk."""
-        temporary = self._temporary / uuid4().hex
-        try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            _make_folder(target.parent)
-            place(temporary, target)
-            _sync_folder(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def _locked(self, kind: int) -> Generator[None]:
-        # flock and not lockf: it belongs to the open file, so threads of one process exclude each other too.
-        lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, kind)
-            yield
-        finally:
-            os.close(lock)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _make_folder(folder: Path) -> None:
-    """A folder whose name, and whose parents' names, are on disk."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,15 +222,3 @@ def _connect(access: S3Access, *, unsigned: bool = False) -> _S3Client:
 def _verdict(error: ClientError) -> tuple[int, str]:
     answer = cast(dict[str, Any], error.response)
     return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"]
-
-
-def open_store(url: str, access: S3Access | None = None) -> ArtifactStore:
-    """The store at `file:///folder`, at a plain folder path, or at `s3://bucket/prefix`."""
-    if url.startswith("s3://"):
-        parts = urlsplit(url)
-        return S3Store(parts.netloc, parts.path.strip("/"), access)
-    if url.startswith("file:///"):
-        return FolderStore(Path(unquote(url.removeprefix("file://"))))
-    if not url or "://" in url:
-        raise ValueError(f"{url!r} is not a store: use a folder path, file:///folder or s3://bucket/prefix")
-    return FolderStore(Path(url))
