@@ -11,7 +11,7 @@ from metaflow.cards import Image, Markdown, MetaflowCardComponent, ProgressBar, 
 
 from flows.curves import ACCOUNTS, loss_points, time_parts
 from flows.figures import duration, figure, percent, task_name
-from infra.registry import GateReport
+from infra.registry.records import GateReport
 from model.recipe import StageRecipe
 from model.training.run import ProgressLine
 

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.catalog import recipe_path
-from infra.registry import GateReport, Registry, evaluate_gate
+from infra.registry.gate import evaluate_gate
+from infra.registry.records import GateReport
+from infra.registry.registry import Registry
 from infra.store import open_store
 from model.recipe import Curriculum, dumps, load, loads_stage
 

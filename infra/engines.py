@@ -13,8 +13,10 @@ from export.bundle import MODEL, write_bundle
 from export.engine import OnnxEngine, TorchEngine
 from export.onnx import export_onnx
 from export.parity import BOUND, ParityReport, check_parity
-from infra.refs import CANDIDATE
-from infra.registry import Manifest, Registry, evaluate_gate
+from infra.registry.gate import evaluate_gate
+from infra.registry.names import CANDIDATE
+from infra.registry.records import Manifest
+from infra.registry.registry import Registry
 from infra.trained import fetch_trained
 from model.config import GateRule
 from model.recipe import StageRecipe, dumps

@@ -7,8 +7,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.refs import CODEC, DATASET
-from infra.registry import GateReport, Manifest, Registry, evaluate_gate
+from infra.registry.gate import evaluate_gate
+from infra.registry.names import CODEC, DATASET
+from infra.registry.records import GateReport, Manifest
+from infra.registry.registry import Registry
 from model.data.corpus import build_corpus, fit_codec
 from model.data.shards import ShardSet
 from model.recipe import Curriculum, dumps

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from infra.artifacts import ArtifactNotFound
-from infra.refs import CODEC, DATASET
-from infra.registry import Manifest, Registry
+from infra.registry.names import CODEC, DATASET
+from infra.registry.records import Manifest
+from infra.registry.registry import Registry
 from infra.trained import fetch_trained
 from model.checkpoint import folder as checkpoint
 from model.data.shards import ShardSet

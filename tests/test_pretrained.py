@@ -20,8 +20,9 @@ from torch import Tensor
 from flows import cli
 from infra.engines import export_engine
 from infra.pretrained import export_pretrained, import_pretrained
-from infra.refs import CODEC, DATASET
-from infra.registry import PromotionRefused, Registry, evaluate_gate
+from infra.registry.gate import PromotionRefused, evaluate_gate
+from infra.registry.names import CODEC, DATASET
+from infra.registry.registry import Registry
 from infra.store import open_store
 from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader

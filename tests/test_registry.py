@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from infra.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Blob, Conflict
-from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
+from infra.registry.gate import PromotionRefused, evaluate_gate
+from infra.registry.records import GateReport, Manifest
+from infra.registry.registry import Registry
 from infra.store import FolderStore
 from model.config import GateRule
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from infra.launch.local import StageLaunch
 from infra.launch.supervise import supervise
-from infra.refs import CODEC, DATASET, promoted
-from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
+from infra.registry.gate import PromotionRefused, evaluate_gate
+from infra.registry.names import CODEC, DATASET, promoted
+from infra.registry.records import GateReport, Manifest
+from infra.registry.registry import Registry
 from model.checkpoint import folder as checkpoint
 from model.recipe import StageRecipe, dumps
 from model.training.run import ProgressLine, RunFolders, read_progress
