@@ -4,11 +4,11 @@ It owns publishing, fetching and promotion in an artifact store; it knows neithe
 S3, nor what the files of a manifest mean.
 """
 
-import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from difflib import get_close_matches
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,52 +21,68 @@ from infra.artifacts import (
     ArtifactStore,
     Conflict,
     Versioned,
+    blob_key,
     check_key,
 )
-from infra.registry import copies
-from infra.registry.gate import PromotionRefused
-from infra.registry.layout import is_digest, log_key, manifest_key, ref_key
-from infra.registry.records import GateReport, Kind, Manifest, Ref, parse
+from infra.registry import copies, layout
+from infra.registry.code import running_code
+from infra.registry.gate import Champion, PromotionRefused, evaluate_gate
+from infra.registry.records import Code, GateReport, Kind, Manifest, Ref, parse, parse_manifest
+from model.config import ChampionRule, Rule
+from model.measures.samples import SampleFigures
 
 
 class Registry:
     """Publish, resolve, fetch and promote artifacts of one store."""
 
-    def __init__(self, store: ArtifactStore, *, code_version: str | None = None) -> None:
+    def __init__(self, store: ArtifactStore, *, code: Code | None = None) -> None:
         self.store = store
-        self.code_version = code_version or version("stiv-platform")
+        self.code = code or running_code()
 
     def publish(
         self,
         kind: Kind,
         files: Mapping[str, Path],
         *,
+        rules: Sequence[Rule] = (),
         recipe: Mapping[str, JsonValue] | None = None,
         metrics: Mapping[str, float] | None = None,
         parents: Mapping[str, str] | None = None,
+        provenance: Mapping[str, JsonValue] | None = None,
     ) -> Manifest:
-        """Store files, then the manifest that names them: until it stands, nothing was published."""
+        """Store files, then the manifest that names them: until it stands, nothing was published.
+
+        `rules` is the gate that every promotion of it must pass; without one it is there to be grown from, never
+        promoted. Figures by sample are read from its file `evaluation/samples.json`.
+        """
         self._check_sources(kind, files, parents or {})
         draft = Manifest(
             kind=kind,
             files={},
             recipe=None if recipe is None else dict(recipe),
             metrics=dict(metrics or {}),
+            rules=tuple(rules),
             parents=dict(parents or {}),
-            code_version=self.code_version,
+            code=self.code,
+            provenance=None if provenance is None else dict(provenance),
             created_at=datetime.now(UTC),
         )
         manifest = draft.model_copy(
             update={"files": {name: self.store.put_file(files[name]) for name in sorted(files)}}
         )
-        self.store.create(manifest_key(manifest.digest), manifest.canonical())
+        self.store.create(layout.manifest_key(manifest.digest), manifest.canonical())
         return manifest
 
     def resolve(self, ref_or_digest: str) -> Manifest:
         """The manifest of that digest, or the one a ref points at."""
-        if is_digest(ref_or_digest):
-            return self._manifest(ref_or_digest)
-        return self._manifest(self.ref(ref_or_digest).digest)
+        if layout.is_digest(ref_or_digest):
+            return self.manifest(ref_or_digest)
+        return self.manifest(self.ref(ref_or_digest).digest)
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of that name, its bytes verified."""
+        key = layout.manifest_key(digest)
+        return parse_manifest(digest, self.store.read(key), f"{self.store.url}/{key}")
 
     def fetch(self, manifest: Manifest, folder: Path) -> Path:
         """Copy every file to `folder`, which appears only complete and verified; a complete one is left as it is."""
@@ -77,64 +93,107 @@ class Registry:
         temporary = folder.with_name(f".{uuid4().hex}.part")
         try:
             temporary.mkdir(parents=True)
-            for name, blob in sorted(manifest.files.items()):
-                self._fetch_file(manifest, name, blob.digest, temporary / name)
+            for name in sorted(manifest.files):
+                self._fetch_file(manifest, name, temporary / name)
             copies.put_in_place(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         copies.verify_names(manifest, folder)
         return folder
 
+    def samples(self, manifest: Manifest) -> SampleFigures | None:
+        """What an artifact's evaluation measured sample by sample, or None if it was published without."""
+        if layout.SAMPLE_FIGURES not in manifest.files:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "samples.json"
+            self._fetch_file(manifest, layout.SAMPLE_FIGURES, copy)
+            return SampleFigures.loads(copy.read_bytes())
+
+    def refs(self) -> tuple[str, ...]:
+        """The names of all refs, sorted."""
+        return tuple(layout.ref_name(key) for key in self.store.list(layout.REFS))
+
     def ref(self, name: str) -> Ref:
         """What a ref points at now, since when, and why."""
-        return parse(Ref, self.store.read(ref_key(name)), ref_key(name))
+        key = layout.ref_key(name)
+        try:
+            return parse(Ref, self.store.read(key), key)
+        except ArtifactNotFound as error:
+            close = get_close_matches(name, self.refs(), n=3, cutoff=0.5)
+            meant = f"; did you mean {' or '.join(repr(near) for near in close)}?" if close else ""
+            raise ArtifactNotFound(f"no ref '{name}': {error}{meant}") from None
 
     def history(self, name: str) -> tuple[Ref, ...]:
         """Every move of a ref that took place, newest first."""
-        return tuple(self._moves(name))
+        return tuple(self._moves(self.ref(name)))
 
-    def promote(
-        self, ref: str, digest: str, gate: GateReport, *, who: str, why: str, override: str | None = None
-    ) -> Ref:
-        """Point `ref` at a manifest if its gate passed; the same promotion again changes nothing.
+    def promote(self, ref: str, digest: str, *, who: str, why: str, override: str | None = None) -> Ref:
+        """Point `ref` at a manifest if it passes its own gate; the same promotion again changes nothing.
 
-        A failed gate needs `override`, a reason. `Conflict` means somebody moved the ref meanwhile.
+        A rule beside the champion compares with what the ref points at now, and it is that very pointer which the
+        move replaces. A failed gate needs `override`, a reason.
+
+        Raises:
+            PromotionRefused: the gate did not pass; nothing is written. Conflict: somebody moved the ref meanwhile.
         """
-        key = ref_key(ref)
-        manifest = self._manifest(digest)
+        manifest = self.manifest(digest)
+        standing, present = self._standing(ref)
+        if present and (present.digest, present.restores, present.override) == (digest, None, override):
+            return present
+        gate = self.judge(manifest, present)
         if not gate.passed and override is None:
             raise PromotionRefused(ref, manifest.digest, gate)
-        standing = self._standing(key)
-        present = None if standing is None else parse(Ref, standing, key)
-        if present and (present.digest, present.gate, present.override) == (digest, gate, override):
-            return present
-        move = Ref(
-            name=ref,
-            generation=present.generation + 1 if present else 1,
-            digest=digest,
-            previous=present.digest if present else None,
-            previous_generation=present.generation if present else None,
-            who=who,
-            why=why,
-            when=datetime.now(UTC),
-            gate=gate,
-            override=override,
-        )
-        return self._move(key, standing, self._log(move))
+        move = _next(ref, present, digest=digest, who=who, why=why, gate=gate, override=override)
+        return self._move(standing, move)
 
-    def _log(self, move: Ref) -> Ref:
-        """Write the move down before it is made, under the first free generation.
+    def rollback(self, ref: str, *, who: str, why: str, to: int | None = None) -> Ref:
+        """Point `ref` at what it pointed at before, or at generation `to`; a move like any other, kept in the log.
 
-        A taken number is a move that was aborted or is under way; the swap of the pointer decides.
+        Going back twice goes back two promotions: what counts as before is before the generation now in effect.
         """
-        while True:
-            try:
-                self.store.create(log_key(move.name, move.generation), move.canonical())
-                return move
-            except AlreadyExists:
-                move = move.model_copy(update={"generation": move.generation + 1})
+        standing, present = self._standing(ref)
+        if present is None:
+            self.ref(ref)  # says that it is not there, and what is
+            raise Conflict(f"'{ref}' appeared this moment; look at it and try again")
+        moves = {move.generation: move for move in self._moves(present)}
+        wanted = self._before(moves, present) if to is None else to
+        target = moves.get(wanted)
+        if target is None:
+            raise ValueError(f"'{ref}' has no generation {wanted}; it has {sorted(moves)}")
+        if target.digest == present.digest:
+            raise ValueError(f"'{ref}' points at generation {wanted} already: {present.digest}")
+        self._check_files(self.manifest(target.digest))
+        facts = {"gate": target.gate, "override": target.override, "restores": target.restores or target.generation}
+        return self._move(standing, _next(ref, present, digest=target.digest, who=who, why=why, **facts))
 
-    def _move(self, key: str, standing: Versioned | None, move: Ref) -> Ref:
+    def judge(self, manifest: Manifest, present: Ref | None) -> GateReport:
+        """An artifact's own rules held against its figures, beside those of what a ref points at, the champion."""
+        beside = any(isinstance(rule, ChampionRule) for rule in manifest.rules)
+        champion = self._champion(manifest, present) if beside else None
+        samples = self.samples(manifest) if champion else None
+        return evaluate_gate(manifest.rules, manifest.metrics, samples, champion)
+
+    def _champion(self, manifest: Manifest, present: Ref | None) -> Champion | None:
+        if present is None:
+            return None
+        digest: str | None = present.digest
+        if digest == manifest.digest:  # an artifact is no rival of its own: it meets whom it met before
+            digest = present.gate.champion
+        return None if digest is None else Champion(digest, self.samples(self.manifest(digest)))
+
+    def _before(self, moves: Mapping[int, Ref], present: Ref) -> int:
+        effective = moves[present.restores or present.generation]
+        while effective.previous_generation is not None:
+            before = moves[effective.previous_generation]
+            effective = moves[before.restores or before.generation]
+            if effective.digest != present.digest:
+                return effective.generation
+        raise ValueError(f"'{present.name}' has nothing before generation {effective.generation} to go back to")
+
+    def _move(self, standing: Versioned | None, move: Ref) -> Ref:
+        """Write the move down, then make it: the swap of the pointer decides."""
+        key, move = layout.ref_key(move.name), self._log(move)
         try:
             if standing is None:
                 self.store.create(key, move.canonical())
@@ -143,37 +202,44 @@ class Registry:
         except (AlreadyExists, Conflict) as error:
             raise Conflict(
                 f"'{move.name}' was moved by somebody else meanwhile, to {self.ref(move.name).digest}; look at it"
-                " and promote again"
+                " and try again"
             ) from error
         return move
 
-    def _moves(self, name: str) -> Iterator[Ref]:
-        move = self.ref(name)
+    def _log(self, move: Ref) -> Ref:
+        """Under the first free generation; a taken number is a move that was aborted or is under way."""
+        while True:
+            try:
+                self.store.create(layout.log_key(move.name, move.generation), move.canonical())
+                return move
+            except AlreadyExists:
+                move = move.model_copy(update={"generation": move.generation + 1})
+
+    def _moves(self, move: Ref) -> Iterator[Ref]:
         yield move
         while move.previous_generation is not None:
-            key = log_key(name, move.previous_generation)
+            key = layout.log_key(move.name, move.previous_generation)
             move = parse(Ref, self.store.read(key), key)
             yield move
 
-    def _standing(self, key: str) -> Versioned | None:
+    def _standing(self, ref: str) -> tuple[Versioned | None, Ref | None]:
+        key = layout.ref_key(ref)
         try:
-            return self.store.read(key)
+            stored = self.store.read(key)
         except ArtifactNotFound:
-            return None
+            return None, None
+        return stored, parse(Ref, stored, key)
 
-    def _manifest(self, digest: str) -> Manifest:
-        key = manifest_key(digest)
-        stored = self.store.read(key)
-        found = hashlib.sha256(stored.data).hexdigest()
-        if found != digest:
-            raise ArtifactCorrupt(f"{self.store.url}/{key} is corrupt: expected sha256 {digest}, found {found}")
-        return parse(Manifest, stored, key)
-
-    def _fetch_file(self, manifest: Manifest, name: str, digest: str, to: Path) -> None:
+    def _fetch_file(self, manifest: Manifest, name: str, to: Path) -> None:
         try:
-            self.store.fetch_file(digest, to)
+            self.store.fetch_file(manifest.files[name].digest, to)
         except (ArtifactNotFound, ArtifactCorrupt) as error:
             raise type(error)(f"file '{name}' of {manifest.kind} {manifest.digest}: {error}") from error
+
+    def _check_files(self, manifest: Manifest) -> None:
+        missing = [name for name, blob in manifest.files.items() if not self.store.exists(blob_key(blob.digest))]
+        if missing:
+            raise ArtifactNotFound(f"{manifest.kind} {manifest.digest} has lost its files {missing}; it cannot be used")
 
     def _check_sources(self, kind: Kind, files: Mapping[str, Path], parents: Mapping[str, str]) -> None:
         """All that can be wrong is found before the first byte is sent."""
@@ -184,5 +250,19 @@ class Registry:
             if not path.is_file():
                 raise ValueError(f"file '{name}' of the {kind} to publish: {path} is not a file")
         for role, digest in parents.items():
-            if not self.store.exists(manifest_key(digest)):
+            if not self.store.exists(layout.manifest_key(digest)):
                 raise ArtifactNotFound(f"parent '{role}' of the {kind} to publish: no manifest {digest} is published")
+
+
+def _next(name: str, present: Ref | None, **facts: object) -> Ref:
+    """The move after the present one, made now."""
+    return Ref.model_validate(
+        {
+            "name": name,
+            "generation": present.generation + 1 if present else 1,
+            "previous": present.digest if present else None,
+            "previous_generation": present.generation if present else None,
+            "when": datetime.now(UTC),
+            **facts,
+        }
+    )
