@@ -11,7 +11,7 @@ from metaflow.cards import Image, Markdown, MetaflowCardComponent, ProgressBar, 
 
 from flows.curves import ACCOUNTS, loss_points, time_parts
 from flows.figures import duration, figure, percent, task_name
-from infra.registry import GateReport
+from infra.registry.records import GateReport
 from model.recipe import StageRecipe
 from model.training.run import ProgressLine
 
@@ -101,8 +101,8 @@ def _efficiency(line: ProgressLine) -> Iterator[str]:
 
 def _gate_table(gate: GateReport) -> Table:
     rows: Cells = [
-        [rule.metric, figure(rule.value), f"{rule.op} {figure(rule.bound)}", "passed" if rule.passed else "failed"]
-        for rule in gate.rules
+        [result.rule.metric, figure(result.value), result.rule.wanted, "passed" if result.passed else "failed"]
+        for result in gate.rules
     ]
     return Table(rows, headers=["figure", "measured", "must be", "verdict"])
 

@@ -1,28 +1,25 @@
 """`stiv`: each command loads a recipe or a ref and calls one function."""
 
 import getpass
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.catalog import recipe_path
-from infra.registry import GateReport, Registry, evaluate_gate
-from infra.store.location import open_store
-from model.recipe import Curriculum, dumps, load, loads_stage
+from flows.commands import registry
+from flows.commands.options import StoreOption, WorkOption, open_registry
+from flows.commands.tables import console, print_figures, print_gate
+from model.recipe import Curriculum, dumps, load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 vbench = typer.Typer(no_args_is_help=True, help="VBench: draw its videos, add up its scores (docs/evaluate.md).")
 app.add_typer(vbench, name="vbench")
-console = Console()
+app.add_typer(registry.app)
 
-StoreOption = Annotated[str, typer.Option(help="artifact store: a folder or s3://bucket/prefix")]
-WorkOption = Annotated[Path, typer.Option(help="folder for this machine's copies and results")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.section.key=value; stage may be *")]
 CheckpointArgument = Annotated[str, typer.Argument(help="ref or digest of a checkpoint")]
 DeviceOption = Annotated[str, typer.Option(help="where the network computes: cpu, cuda or cuda:N")]
@@ -65,8 +62,8 @@ def ingest(
     """Write and promote the data set and the codec of a curriculum."""
     from infra.ingest import ingest as run
 
-    done = run(_registry(store), _load(name, None), work, videos=videos, who=getpass.getuser())
-    _print_figures("data set and codec", done.codec.metrics)
+    done = run(open_registry(store), _load(name, None), work, videos=videos, who=getpass.getuser())
+    print_figures("data set and codec", done.codec.metrics)
 
 
 @app.command()
@@ -88,13 +85,13 @@ def train(
     with StageDisplay(console) as display:
         outcome = run_stage(
             wanted,
-            _registry(store),
+            open_registry(store),
             work,
             who=getpass.getuser(),
             on_progress=lambda lines: display.show(stage, wanted.training.total_steps, lines),
             checkpoint_store=checkpoint_store,
         )
-    _print_gate(outcome.gate)
+    print_gate(outcome.gate)
 
 
 @app.command()
@@ -118,7 +115,7 @@ def generate(  # noqa: PLR0913 an argument is an option of the command
     from flows.generate import generate as run
 
     wish = Wish(prompt, task, frames or [], take, seed, overrides or [], out, device)
-    film = run(_registry(store), ref, wish, work, console)
+    film = run(open_registry(store), ref, wish, work, console)
     console.print(f"{out}: {len(film)} frames of {film.shape[2]}x{film.shape[1]}", soft_wrap=True)
 
 
@@ -140,8 +137,8 @@ def evaluate(
     from model.measures.networks import OnnxNetwork
 
     given = [OnnxNetwork(path) for path in networks or []]
-    done = evaluate_checkpoint(_registry(store), ref, work, networks=given, clips=clips, device=device)
-    _print_figures(ref, dict(done.metrics))
+    done = evaluate_checkpoint(open_registry(store), ref, work, networks=given, clips=clips, device=device)
+    print_figures(ref, dict(done.metrics))
     console.print(f"{done.grid.parent}: evaluation.json, pictures and animations", soft_wrap=True)
 
 
@@ -161,7 +158,7 @@ def vbench_videos(
     from infra.evaluation import draw_suite
     from infra.trained import fetch_trained
 
-    trained = fetch_trained(_registry(store), ref, work)
+    trained = fetch_trained(open_registry(store), ref, work)
     with Progress(console=console) as progress:
         bar = progress.add_task("videos", total=None)
 
@@ -203,7 +200,7 @@ def export(
     """Export a checkpoint to ONNX, prove it equal to PyTorch and move engine/candidate."""
     from infra.engines import export_engine
 
-    done = export_engine(_registry(store), ref, work, who=getpass.getuser())
+    done = export_engine(open_registry(store), ref, work, who=getpass.getuser())
     table = Table("shape", "max abs error", "bound", title=f"engine {done.manifest.digest[:16]}")
     for row in done.parity.shapes:
         table.add_row(str(row.shape), f"{row.max_abs_error:.2e}", f"{done.parity.bound:g}")
@@ -224,7 +221,7 @@ def save_pretrained(
     from model.pretrained import dtype_of
 
     wanted = dtype_of(dtype)
-    source = export_pretrained(_registry(store), ref, folder, work, dtype=wanted, max_shard_size=max_shard_size)
+    source = export_pretrained(open_registry(store), ref, folder, work, dtype=wanted, max_shard_size=max_shard_size)
     console.print(f"{folder}: checkpoint {source.digest}", soft_wrap=True)
 
 
@@ -238,8 +235,8 @@ def load_pretrained(
     """Publish a folder of weights as a checkpoint to grow from and export; `stiv promote` then moves a ref to it."""
     from infra.pretrained import import_pretrained
 
-    done = import_pretrained(_registry(store), folder, work, measured=evaluate)
-    _print_figures(f"imported from {done.origin[:16]}", done.manifest.metrics)
+    done = import_pretrained(open_registry(store), folder, work, measured=evaluate)
+    print_figures(f"imported from {done.origin[:16]}", done.manifest.metrics)
     console.print(f"checkpoint {done.manifest.digest}", soft_wrap=True)
     if not done.codec_is_promoted:
         console.print(
@@ -263,7 +260,7 @@ def serve(
     from infra.serving.server import serve as run
     from infra.serving.settings import ServerSettings
 
-    registry = _registry(store)
+    registry = open_registry(store)
     engine = registry.resolve(ref)
     settings = ServerSettings.from_environment(
         os.environ,
@@ -274,49 +271,6 @@ def serve(
         port=port,
     )
     run(settings)
-
-
-@app.command()
-def promote(
-    digest: Annotated[str, typer.Argument(help="digest of a published artifact")],
-    ref: Annotated[str, typer.Argument(help="ref to move, such as t2v/promoted")],
-    why: Annotated[str, typer.Option(help="reason, kept in the log")],
-    override: Annotated[str | None, typer.Option(help="reason to pass over a failed gate; visible for ever")] = None,
-    store: StoreOption = "runs/store",
-) -> None:
-    """Point a ref at an artifact, through the gate of its recipe."""
-    from infra.engines import PARITY_GATE
-
-    registry = _registry(store)
-    manifest = registry.resolve(digest)
-    if manifest.kind == "checkpoint":
-        rules = loads_stage(json.dumps(manifest.recipe)).gate
-    elif manifest.kind == "engine":
-        rules = PARITY_GATE
-    else:
-        raise ValueError(
-            f"{digest} is a {manifest.kind}, which `stiv ingest` promotes; only checkpoints and engines here"
-        )
-    gate = evaluate_gate(rules, manifest.metrics)
-    _print_gate(gate)
-    moved = registry.promote(ref, manifest.digest, gate, who=getpass.getuser(), why=why, override=override)
-    console.print(f"{ref} -> {moved.digest} (generation {moved.generation})")
-
-
-@app.command()
-def history(ref: str, store: StoreOption = "runs/store") -> None:
-    """Every move of a ref, newest first."""
-    table = Table("generation", "digest", "when", "who", "why", "override")
-    for move in _registry(store).history(ref):
-        table.add_row(
-            str(move.generation),
-            move.digest[:16],
-            f"{move.when:%Y-%m-%d %H:%M}",
-            move.who,
-            move.why,
-            move.override or "",
-        )
-    console.print(table)
 
 
 def main() -> None:
@@ -332,24 +286,6 @@ def main() -> None:
 
 def _load(name: str, overrides: list[str] | None) -> Curriculum:
     return load(recipe_path(name), overrides or [])
-
-
-def _registry(store: str) -> Registry:
-    return Registry(open_store(store))
-
-
-def _print_figures(title: str, figures: dict[str, float]) -> None:
-    table = Table("figure", "value", title=title)
-    for name, value in sorted(figures.items()):
-        table.add_row(name, f"{value:.4g}")
-    console.print(table)
-
-
-def _print_gate(gate: GateReport) -> None:
-    table = Table("gate", "verdict")
-    for rule in gate.rules:
-        table.add_row(rule.reason, "passed" if rule.passed else "failed")
-    console.print(table)
 
 
 if __name__ == "__main__":

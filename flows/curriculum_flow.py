@@ -16,8 +16,8 @@ from metaflow import FlowSpec, Parameter, card, current, step
 from flows.cards import TrainingCard
 from flows.catalog import recipe_path
 from flows.results import stage_result
-from infra.refs import CODEC, DATASET, promoted
-from infra.registry import Registry
+from infra.registry.names import CODEC, DATASET, promoted
+from infra.registry.registry import Registry
 from infra.store.location import open_store
 from model.recipe import load
 

@@ -31,7 +31,7 @@ from flows.results import CodecFigures, DemoReport, ParityRow, ServedVideo, Sour
 from flows.watch import StageDisplay
 from infra.engines import ExportedEngine, export_engine
 from infra.ingest import Ingested, ingest
-from infra.registry import Registry
+from infra.registry.registry import Registry
 from infra.store.location import open_store
 from model.data.clips import fetch_film
 from model.data.shards import ShardSet

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from infra.evaluation import MAX_IMAGE_PIXELS
-from infra.registry import Registry
+from infra.registry.registry import Registry
 from infra.serving import media
 from infra.trained import fetch_trained
 from model.config import SamplingConfig, VideoConfig

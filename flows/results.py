@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.registry import GateReport
+from infra.registry.records import GateReport
 from model.recipe import StageRecipe
 from model.training.run import ProgressLine
 from monitoring.goodput import Booked

@@ -13,8 +13,9 @@ from export.bundle import MODEL, write_bundle
 from export.engine import OnnxEngine, TorchEngine
 from export.onnx import export_onnx
 from export.parity import BOUND, ParityReport, check_parity
-from infra.refs import CANDIDATE
-from infra.registry import Manifest, Registry, evaluate_gate
+from infra.registry.names import CANDIDATE
+from infra.registry.records import Manifest
+from infra.registry.registry import Registry
 from infra.trained import fetch_trained
 from model.config import GateRule
 from model.recipe import StageRecipe, dumps
@@ -61,10 +62,10 @@ def export_engine(registry: Registry, ref: str, work: Path, *, who: str) -> Expo
         bundle.files,
         recipe=json.loads(dumps(recipe)),
         metrics=figures,
+        rules=PARITY_GATE,
         parents={"checkpoint": trained.manifest.digest, "codec": trained.codec_manifest.digest},
     )
-    gate = evaluate_gate(PARITY_GATE, figures)
-    registry.promote(CANDIDATE, manifest.digest, gate, who=who, why=f"exported from {ref}")
+    registry.promote(CANDIDATE, manifest.digest, who=who, why=f"exported from {ref}")
     logger.info("promoted %s to %s", manifest.digest, CANDIDATE)
     return ExportedEngine(manifest, parity, exported.seconds)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from infra.refs import DATASET
-from infra.registry import Registry
+from infra.registry.names import DATASET
+from infra.registry.registry import Registry
 from infra.serving import media
 from infra.trained import Trained, fetch_trained
 from model.data.shards import ShardSet

@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.refs import CODEC, DATASET
-from infra.registry import GateReport, Manifest, Registry, evaluate_gate
+from infra.registry.names import CODEC, DATASET
+from infra.registry.records import GateReport, Manifest
+from infra.registry.registry import Registry
 from model.data.corpus import build_corpus, fit_codec
 from model.data.shards import ShardSet
 from model.recipe import Curriculum, dumps
@@ -39,12 +40,17 @@ def ingest(registry: Registry, curriculum: Curriculum, work: Path, *, videos: Pa
             metrics[f"{split}_samples_{source}"] = float(totals.samples)
     metrics["train_samples"] = float(len(ShardSet(corpus.train)))
     settings = json.loads(dumps(curriculum.corpus))
-    dataset = registry.publish("dataset", corpus.files(), recipe=settings, metrics=metrics)
+    rules = curriculum.corpus.gate
+    dataset = registry.publish("dataset", corpus.files(), rules=rules, recipe=settings, metrics=metrics)
     files = {path.name: path for path in sorted(codec_folder.iterdir())}
     codec = registry.publish(
-        "codec", files, recipe=json.loads(dumps(stage.vae)), metrics=metrics, parents={"dataset": dataset.digest}
+        "codec",
+        files,
+        rules=rules,
+        recipe=json.loads(dumps(stage.vae)),
+        metrics=metrics,
+        parents={"dataset": dataset.digest},
     )
-    gate = evaluate_gate(curriculum.corpus.gate, metrics)
     for ref, manifest in ((DATASET, dataset), (CODEC, codec)):
-        registry.promote(ref, manifest.digest, gate, who=who, why=f"ingested for curriculum {curriculum.name}")
-    return Ingested(dataset, codec, gate)
+        moved = registry.promote(ref, manifest.digest, who=who, why=f"ingested for curriculum {curriculum.name}")
+    return Ingested(dataset, codec, moved.gate)

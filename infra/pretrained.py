@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from infra.refs import CODEC, DATASET
-from infra.registry import Manifest, Registry
+from infra.registry.names import CODEC, DATASET
+from infra.registry.records import Manifest
+from infra.registry.registry import Registry
 from infra.store.artifacts import ArtifactNotFound
 from infra.trained import fetch_trained
 from model.checkpoint import folder as checkpoint
@@ -81,7 +82,9 @@ def import_pretrained(registry: Registry, folder: Path, work: Path, *, measured:
         figures |= _measure(held, registry.fetch(dataset, work / "inputs" / dataset.digest[:16]), work / "evaluation")
     codec, promoted = _codec(registry, held, work)
     parents["codec"] = codec.digest
-    manifest = registry.publish("checkpoint", files, recipe=json.loads(dumps(recipe)), metrics=figures, parents=parents)
+    manifest = registry.publish(
+        "checkpoint", files, rules=recipe.gate, recipe=json.loads(dumps(recipe)), metrics=figures, parents=parents
+    )
     origin = hashlib.sha256(files[ORIGIN].read_bytes()).hexdigest()
     return Imported(manifest, origin, codec, promoted)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from infra.registry import Manifest, Registry
+from infra.registry.records import Manifest
+from infra.registry.registry import Registry
 from model.generation import ClipGenerator
 from model.network.stiv import STIV
 from model.recipe import StageRecipe, loads_stage

@@ -4,9 +4,9 @@ They know nothing of files, of stages or of how sections must agree (`recipe` do
 or engine setting (those rooms derive theirs).
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -303,7 +303,49 @@ class GateRule(Config):
 
     metric: str
     op: Literal["<", "<=", ">", ">="]
-    bound: float
+    bound: Annotated[float, Field(allow_inf_nan=False)]
+
+    @property
+    def wanted(self) -> str:
+        """What the rule asks of its metric."""
+        return f"{self.op} {self.bound:g}"
+
+
+class ChampionRule(Config):
+    """Not worse than what the ref points at now: the far end of a paired bootstrap interval must stay within a margin.
+
+    It needs the metric sample by sample (`evaluation/samples.json`). A ref that points nowhere yet has no champion,
+    and the rule passes and says so.
+    """
+
+    metric: str
+    not_worse_by: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """How much worse the mean may be, in the metric's own unit."""
+    better: Literal["lower", "higher"]
+    """Which way the metric gets better."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Level of the two-sided interval of the mean difference."""
+    resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = 10_000
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def wanted(self) -> str:
+        """What the rule asks of its metric."""
+        return f"worse than the champion by at most {self.not_worse_by:g}"
+
+
+RULE_TAGS = ("rule with a bound", "rule beside the champion")
+"""Stand in the place of an error in a rule, where a recipe has no key."""
+
+
+def _rule_tag(rule: object) -> str:
+    keys = cast(dict[str, object], rule) if isinstance(rule, dict) else {}
+    return RULE_TAGS[isinstance(rule, ChampionRule) or bool(keys.keys() & {"not_worse_by", "better"})]
+
+
+Rule = Annotated[
+    Annotated[GateRule, Tag(RULE_TAGS[0])] | Annotated[ChampionRule, Tag(RULE_TAGS[1])], Discriminator(_rule_tag)
+]
 
 
 class EvaluationConfig(Config):
@@ -322,7 +364,7 @@ class CorpusConfig(Config):
     size: Annotated[int, Field(ge=16)] = 32
     num_frames: Positive = 8
     seed: Annotated[int, Field(ge=0)] = 0
-    gate: tuple[GateRule, ...] = (
+    gate: tuple[Rule, ...] = (
         GateRule(metric="train_samples", op=">=", bound=1),
         GateRule(metric="psnr_db_moving_shapes", op=">=", bound=25),
     )

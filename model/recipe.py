@@ -15,6 +15,7 @@ from typing import Annotated, Self, cast
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from model.config import (
+    RULE_TAGS,
     BucketConfig,
     ConditioningConfig,
     Config,
@@ -22,9 +23,9 @@ from model.config import (
     DataConfig,
     EvaluationConfig,
     FlowConfig,
-    GateRule,
     NetworkConfig,
     OptimizerConfig,
+    Rule,
     SamplingConfig,
     Task,
     TextConfig,
@@ -54,7 +55,7 @@ class StageRecipe(Config):
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    gate: tuple[GateRule, ...] = ()
+    gate: tuple[Rule, ...] = ()
 
     @field_validator("parent", "temporal_parent", mode="before")
     @classmethod
@@ -312,6 +313,7 @@ def _where(location: tuple[int | str, ...], stages: list[dict[str, object]]) -> 
     parts = [str(part) for part in location]
     if len(location) > 1 and location[0] == "stages" and isinstance(location[1], int):
         parts = [str(stages[location[1]].get("name", location[1])), *parts[2:]]
+    parts = [part for part in parts if part not in RULE_TAGS]
     return ".".join(parts) or "curriculum"
 
 

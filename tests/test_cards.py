@@ -76,7 +76,8 @@ def seen(live):
 def outcome(progress):
     """What `run_stage` hands over."""
     from infra.launch.stage import StageOutcome
-    from infra.registry import Registry, evaluate_gate
+    from infra.registry.gate import evaluate_gate
+    from infra.registry.registry import Registry
     from infra.store.location import open_store
     from model.config import GateRule
 

@@ -17,8 +17,9 @@ from flows.catalog import RECIPES
 from infra.engines import export_engine
 from infra.ingest import ingest
 from infra.launch.stage import run_stage
-from infra.refs import CANDIDATE, promoted
-from infra.registry import PromotionRefused, Registry
+from infra.registry.gate import PromotionRefused
+from infra.registry.names import CANDIDATE, promoted
+from infra.registry.registry import Registry
 from infra.store.location import open_store
 from model.recipe import Curriculum, load
 from model.training.run import read_progress

@@ -13,7 +13,7 @@ from flows import cli
 from infra.engines import require_served
 from infra.ingest import ingest
 from infra.launch.stage import StageOutcome, run_stage
-from infra.registry import Registry
+from infra.registry.registry import Registry
 from infra.serving import media
 from infra.store.location import open_store
 from model.config import ConditioningConfig, CorpusConfig

@@ -18,7 +18,7 @@ import torch
 from infra.ingest import ingest
 from infra.launch.local import GangFailed, LocalGang, StageLaunch, command, environment
 from infra.launch.stage import run_stage
-from infra.registry import Registry
+from infra.registry.registry import Registry
 from infra.store.location import open_store
 from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader

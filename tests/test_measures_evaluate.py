@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from flows import cli
-from infra.registry import Registry
+from infra.registry.registry import Registry
 from infra.store.location import open_store
 from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions

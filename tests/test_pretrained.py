@@ -20,8 +20,9 @@ from torch import Tensor
 from flows import cli
 from infra.engines import export_engine
 from infra.pretrained import export_pretrained, import_pretrained
-from infra.refs import CODEC, DATASET
-from infra.registry import PromotionRefused, Registry, evaluate_gate
+from infra.registry.gate import PromotionRefused
+from infra.registry.names import CODEC, DATASET
+from infra.registry.registry import Registry
 from infra.store.location import open_store
 from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader
@@ -492,6 +493,10 @@ def test_a_file_beside_shards_is_ambiguous(loose: Path) -> None:
 # --- from a store and into one
 
 
+RULES = (GateRule(metric="heldout_loss", op="<", bound=1),)
+FIGURES = {"heldout_loss": 0.5}
+
+
 @pytest.fixture
 def registry(tmp_path: Path, recipe: StageRecipe, network: STIV, inputs: Inputs) -> Registry:
     """A store with a data set, a codec and a trained checkpoint, all promoted."""
@@ -499,17 +504,18 @@ def registry(tmp_path: Path, recipe: StageRecipe, network: STIV, inputs: Inputs)
     data = {
         f"{split}/{path.name}": path for split in ("train", "heldout") for path in (inputs.data / "train").iterdir()
     }
-    dataset = registry.publish("dataset", data)
-    codec = registry.publish("codec", {path.name: path for path in inputs.codec.iterdir()})
+    dataset = registry.publish("dataset", data, rules=RULES, metrics=FIGURES)
+    codec = registry.publish(
+        "codec", {path.name: path for path in inputs.codec.iterdir()}, rules=RULES, metrics=FIGURES
+    )
     tensors: Whole = {"model": make_network(recipe, seed=9).state_dict(), "ema": network.state_dict(), "optimizer": {}}
     folder = save(tmp_path / "run", replace(cut(tensors, 1), recipe=recipe), keep=1)
     files = {path.name: path for path in folder.iterdir()}
     parents = {"dataset": dataset.digest, "codec": codec.digest}
     tree = json.loads((folder / "recipe.json").read_text())
-    trained = registry.publish("checkpoint", files, recipe=tree, metrics={"heldout_loss": 0.5}, parents=parents)
-    gate = evaluate_gate([GateRule(metric="x", op=">", bound=0)], {"x": 1})
+    trained = registry.publish("checkpoint", files, rules=RULES, recipe=tree, metrics=FIGURES, parents=parents)
     for ref, manifest in ((DATASET, dataset), (CODEC, codec), ("ti2v/promoted", trained)):
-        registry.promote(ref, manifest.digest, gate, who="tests", why="to test")
+        registry.promote(ref, manifest.digest, who="tests", why="to test")
     return registry
 
 
@@ -582,12 +588,10 @@ def test_an_import_passes_its_gate_only_when_it_is_measured(
     save_pretrained(tmp_path / "folder", network, small, load_codec(inputs.codec, recipe.vae))
     unmeasured = import_pretrained(registry, tmp_path / "folder", tmp_path / "a", measured=False).manifest
     with pytest.raises(PromotionRefused, match="heldout_loss is missing"):
-        gate = evaluate_gate(small.gate, unmeasured.metrics)
-        registry.promote("ti2v/promoted", unmeasured.digest, gate, who="tests", why="imported")
+        registry.promote("ti2v/promoted", unmeasured.digest, who="tests", why="imported")
     measured = import_pretrained(registry, tmp_path / "folder", tmp_path / "b", measured=True).manifest
     assert measured.parents["dataset"] == registry.ref(DATASET).digest
-    gate = evaluate_gate(small.gate, measured.metrics)
-    registry.promote("ti2v/promoted", measured.digest, gate, who="tests", why="imported")
+    registry.promote("ti2v/promoted", measured.digest, who="tests", why="imported")
     assert registry.resolve("ti2v/promoted") == measured
 
 

@@ -3,20 +3,24 @@
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
+from infra.registry.gate import PromotionRefused, evaluate_gate
+from infra.registry.records import GateReport, Manifest
+from infra.registry.registry import Registry
 from infra.store.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Blob, Conflict
 from infra.store.folder import FolderStore
 from model.config import GateRule
 
 RULES = (GateRule(metric="heldout_loss", op="<", bound=0.5), GateRule(metric="loads", op=">=", bound=1))
-PASSED = evaluate_gate(RULES, {"heldout_loss": 0.4, "loads": 1.0})
-FAILED = evaluate_gate(RULES, {"heldout_loss": 0.6, "loads": 1.0})
+GOOD = {"heldout_loss": 0.4, "loads": 1.0}
+BAD = {"heldout_loss": 0.6, "loads": 1.0}
+PASSED = evaluate_gate(RULES, GOOD)
+FAILED = evaluate_gate(RULES, BAD)
 ABSENT = "0" * 64
 
 
@@ -38,8 +42,8 @@ def sources(folder: Path, mark: str = "one") -> dict[str, Path]:
     return {name: folder / f"{mark}-{Path(name).name}" for name in texts}
 
 
-def publish(registry: Registry, folder: Path, mark: str = "one") -> Manifest:
-    return registry.publish("checkpoint", sources(folder, mark), metrics={"heldout_loss": 0.4})
+def publish(registry: Registry, folder: Path, mark: str = "one", metrics: Mapping[str, float] = GOOD) -> Manifest:
+    return registry.publish("checkpoint", sources(folder, mark), rules=RULES, metrics=metrics)
 
 
 def files_under(folder: Path) -> dict[str, str]:
@@ -68,7 +72,7 @@ def test_a_manifest_is_json_with_sorted_keys_that_its_digest_names(local: Regist
     assert list(tree) == sorted(tree)
     assert tree["metrics"] == {"a": 1.0, "b": "NaN"}
     assert tree["kind"] == "codec"
-    assert tree["code_version"] == local.code_version
+    assert tree["code"] == local.code.model_dump()
     assert tree["files"]["text/recipe.json"]["size"] == 2
     assert math.isnan(local.resolve(manifest.digest).metrics["b"])
 
@@ -179,14 +183,14 @@ def test_what_was_never_published_or_promoted_is_named(registry: Registry) -> No
     with pytest.raises(ArtifactNotFound, match=r"refs/t2v/promoted\.json"):
         registry.resolve("t2v/promoted")
     with pytest.raises(ArtifactNotFound, match=ABSENT):
-        registry.promote("t2v/promoted", ABSENT, PASSED, who="tests", why="never published")
+        registry.promote("t2v/promoted", ABSENT, who="tests", why="never published")
     assert registry.store.list() == []
 
 
 def test_a_promotion_moves_the_ref_and_history_tells_why(registry: Registry, tmp_path: Path) -> None:
     one, two = (publish(registry, tmp_path / "in", mark) for mark in ("one", "two"))
-    first = registry.promote("t2v/promoted", one.digest, PASSED, who="ann", why="first")
-    second = registry.promote("t2v/promoted", two.digest, PASSED, who="bob", why="better")
+    first = registry.promote("t2v/promoted", one.digest, who="ann", why="first")
+    second = registry.promote("t2v/promoted", two.digest, who="bob", why="better")
     assert registry.resolve("t2v/promoted") == two
     assert registry.ref("t2v/promoted") == second
     assert registry.history("t2v/promoted") == (second, first)
@@ -204,28 +208,29 @@ def test_a_promotion_moves_the_ref_and_history_tells_why(registry: Registry, tmp
 
 def test_the_same_promotion_again_changes_nothing(local: Registry, tmp_path: Path) -> None:
     manifest = publish(local, tmp_path / "in")
-    first = local.promote("t2v/promoted", manifest.digest, PASSED, who="ann", why="first")
-    assert local.promote("t2v/promoted", manifest.digest, PASSED, who="ann", why="retried") == first
+    first = local.promote("t2v/promoted", manifest.digest, who="ann", why="first")
+    assert local.promote("t2v/promoted", manifest.digest, who="ann", why="retried") == first
     assert local.history("t2v/promoted") == (first,)
 
 
 def test_a_failed_gate_is_refused_and_the_ref_unchanged(registry: Registry, tmp_path: Path) -> None:
-    one, two = (publish(registry, tmp_path / "in", mark) for mark in ("one", "two"))
-    first = registry.promote("t2v/promoted", one.digest, PASSED, who="ann", why="first")
-    gate = evaluate_gate(RULES, {"heldout_loss": 0.61234})
+    one = publish(registry, tmp_path / "in")
+    two = publish(registry, tmp_path / "in", "two", {"heldout_loss": 0.61234})
+    first = registry.promote("t2v/promoted", one.digest, who="ann", why="first")
     with pytest.raises(PromotionRefused) as caught:
-        registry.promote("t2v/promoted", two.digest, gate, who="bob", why="hope")
+        registry.promote("t2v/promoted", two.digest, who="bob", why="hope")
     assert "'t2v/promoted' is not moved" in str(caught.value)
     assert "heldout_loss = 0.61234, must be < 0.5; loads is missing, must be >= 1" in str(caught.value)
-    assert caught.value.gate == gate
+    assert caught.value.gate == evaluate_gate(RULES, two.metrics)
     assert registry.history("t2v/promoted") == (first,)
     assert registry.store.list("reflog/") == ["reflog/t2v/promoted/00000001.json"]
 
 
 def test_an_override_lets_a_failed_gate_through_and_stays_on_record(local: Registry, tmp_path: Path) -> None:
-    one, two = (publish(local, tmp_path / "in", mark) for mark in ("one", "two"))
-    local.promote("t2v/promoted", one.digest, FAILED, who="ann", why="demo", override="the demo must go on")
-    local.promote("t2v/promoted", two.digest, PASSED, who="bob", why="better")
+    one = publish(local, tmp_path / "in", "one", BAD)
+    two = publish(local, tmp_path / "in", "two")
+    local.promote("t2v/promoted", one.digest, who="ann", why="demo", override="the demo must go on")
+    local.promote("t2v/promoted", two.digest, who="bob", why="better")
     newest, oldest = local.history("t2v/promoted")
     assert newest.override is None
     assert (oldest.override, oldest.gate) == ("the demo must go on", FAILED)
@@ -233,23 +238,23 @@ def test_an_override_lets_a_failed_gate_through_and_stays_on_record(local: Regis
 
 @pytest.mark.parametrize("field", ["who", "why", "override"])
 def test_a_promotion_without_a_name_or_a_reason_is_refused(local: Registry, tmp_path: Path, field: str) -> None:
-    manifest = publish(local, tmp_path / "in")
+    manifest = publish(local, tmp_path / "in", metrics=BAD)
     said = {"who": "ann", "why": "first", "override": "urgent"} | {field: " "}
     with pytest.raises(ValueError, match=field):
-        local.promote("t2v/promoted", manifest.digest, FAILED, **said)
+        local.promote("t2v/promoted", manifest.digest, **said)
     assert local.store.list("ref") == []
 
 
 def test_of_rival_promotions_one_wins_and_the_others_are_told(registry: Registry, tmp_path: Path) -> None:
     standing = publish(registry, tmp_path / "in", "standing")
-    registry.promote("t2v/promoted", standing.digest, PASSED, who="ann", why="first")
+    registry.promote("t2v/promoted", standing.digest, who="ann", why="first")
     rivals = [publish(registry, tmp_path / "in", str(number)) for number in range(6)]
     barrier = threading.Barrier(len(rivals))
 
     def promote(manifest: Manifest) -> str | None:
         barrier.wait()
         try:
-            return registry.promote("t2v/promoted", manifest.digest, PASSED, who="rival", why="race").digest
+            return registry.promote("t2v/promoted", manifest.digest, who="rival", why="race").digest
         except Conflict as error:
             assert "was moved by somebody else" in str(error)
             return None
@@ -265,18 +270,18 @@ def test_of_rival_promotions_one_wins_and_the_others_are_told(registry: Registry
 
 def test_a_move_broken_off_before_the_pointer_is_no_part_of_history(local: Registry, tmp_path: Path) -> None:
     one, two = (publish(local, tmp_path / "in", mark) for mark in ("one", "two"))
-    first = local.promote("t2v/promoted", one.digest, PASSED, who="ann", why="first")
+    first = local.promote("t2v/promoted", one.digest, who="ann", why="first")
     lost = first.model_copy(update={"generation": 2, "digest": two.digest, "who": "crashed"})
     local.store.create("reflog/t2v/promoted/00000002.json", lost.canonical())
     assert local.resolve("t2v/promoted") == one
-    second = local.promote("t2v/promoted", two.digest, PASSED, who="bob", why="better")
+    second = local.promote("t2v/promoted", two.digest, who="bob", why="better")
     assert second.generation == 3
     assert local.history("t2v/promoted") == (second, first)
 
 
 def test_a_log_entry_is_never_written_over(local: Registry, tmp_path: Path) -> None:
     manifest = publish(local, tmp_path / "in")
-    move = local.promote("t2v/promoted", manifest.digest, PASSED, who="ann", why="first")
+    move = local.promote("t2v/promoted", manifest.digest, who="ann", why="first")
     with pytest.raises(AlreadyExists):
         local.store.create("reflog/t2v/promoted/00000001.json", move.canonical())
 
@@ -285,12 +290,12 @@ def test_a_log_entry_is_never_written_over(local: Registry, tmp_path: Path) -> N
 def test_a_ref_name_that_is_a_path_or_a_digest_is_refused(local: Registry, tmp_path: Path, name: str) -> None:
     manifest = publish(local, tmp_path / "in")
     with pytest.raises(ValueError, match=r"is not a store key|is a digest"):
-        local.promote(name, manifest.digest, PASSED, who="ann", why="first")
+        local.promote(name, manifest.digest, who="ann", why="first")
 
 
 def test_a_ref_edited_by_hand_is_corrupt(local: Registry, tmp_path: Path) -> None:
     manifest = publish(local, tmp_path / "in")
-    local.promote("t2v/promoted", manifest.digest, PASSED, who="ann", why="first")
+    local.promote("t2v/promoted", manifest.digest, who="ann", why="first")
     stored = local.store.read("refs/t2v/promoted.json")
     local.store.swap(
         "refs/t2v/promoted.json", stored.data.replace(b'"generation":1', b'"generation":0'), stored.version

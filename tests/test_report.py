@@ -19,7 +19,7 @@ from flows.curves import loss_plot, loss_points
 from flows.figures import count, decibel, duration, error, figure, percent
 from flows.report import render, write_report
 from flows.results import CodecFigures, DemoReport, ParityRow, ServedVideo, SourceSummary, StageResult
-from infra.registry import evaluate_gate
+from infra.registry.gate import evaluate_gate
 from infra.serving.media import write_mp4
 from model.config import GateRule
 from model.recipe import StageRecipe, load

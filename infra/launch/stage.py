@@ -12,8 +12,11 @@ from pathlib import Path
 
 from infra.launch.local import StageLaunch
 from infra.launch.supervise import supervise
-from infra.refs import CODEC, DATASET, promoted
-from infra.registry import GateReport, Manifest, PromotionRefused, Registry, evaluate_gate
+from infra.registry.gate import PromotionRefused
+from infra.registry.layout import EVALUATION
+from infra.registry.names import CODEC, DATASET, promoted
+from infra.registry.records import GateReport, Manifest
+from infra.registry.registry import Registry
 from model.checkpoint import folder as checkpoint
 from model.recipe import StageRecipe, dumps
 from model.training.run import ProgressLine, RunFolders, read_progress
@@ -24,7 +27,6 @@ from monitoring.goodput import Booked, booking, read
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[Sequence[ProgressLine]], None]
-EVALUATION = "evaluation/"
 
 
 class StageStopped(RuntimeError):
@@ -87,10 +89,11 @@ def run_stage(
     clock = time.monotonic()
     files = {path.name: path for path in sorted(trained.iterdir())}
     files |= {EVALUATION + path.name: path for path in (grid, *animations.values())}
-    manifest = registry.publish("checkpoint", files, recipe=json.loads(dumps(recipe)), metrics=found, parents=parents)
-    gate = evaluate_gate(recipe.gate, found)
+    manifest = registry.publish(
+        "checkpoint", files, rules=recipe.gate, recipe=json.loads(dumps(recipe)), metrics=found, parents=parents
+    )
     try:
-        registry.promote(promoted(recipe.name), manifest.digest, gate, who=who, why=f"stage {recipe.name} trained")
+        moved = registry.promote(promoted(recipe.name), manifest.digest, who=who, why=f"stage {recipe.name} trained")
     except PromotionRefused:
         measured.PROMOTIONS_TOTAL.labels(stage=recipe.name, outcome="refused").inc()
         raise
@@ -98,7 +101,7 @@ def run_stage(
     seconds["promote"] = time.monotonic() - clock
     logger.info("promoted %s to %s", manifest.digest, promoted(recipe.name))
     progress, booked = tuple(read_progress(folders.progress)), read(folders.goodput)
-    return StageOutcome(manifest, gate, progress, grid, animations, seconds, booked)
+    return StageOutcome(manifest, moved.gate, progress, grid, animations, seconds, booked)
 
 
 def _fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
