@@ -95,7 +95,7 @@ def resumes_exactly(folder: Path) -> bool:
     ranks = [our_loader(folder, seed=1, workers=0, rank=rank, world_size=2) for rank in range(2)]
     for rank in ranks:
         rank.load_state_dict(first.state_dict())
-    return all(torch.equal(torch.cat([next(rank).pixels for rank in ranks]), wanted.pixels) for wanted in whole[5:])
+    return all(torch.equal(torch.cat([next(rank).clips for rank in ranks]), wanted.clips) for wanted in whole[5:])
 
 
 if __name__ == "__main__":

@@ -67,6 +67,34 @@ def ingest(
 
 
 @app.command()
+def encode(
+    stage: Annotated[str, typer.Argument(help="stage whose height and width are encoded")],
+    name: Annotated[str, typer.Option("--recipe", help="built-in curriculum or path of a curriculum.toml")] = "tiny",
+    dtype: Annotated[str, typer.Option(help="float16 or float32")] = "float16",
+    device: DeviceOption = "cpu",
+    store: StoreOption = "runs/store",
+    work: WorkOption = Path("runs/encode"),
+) -> None:
+    """Store the data set's latents at a stage's size, for stages with data.form = 'latents' (docs/data.md)."""
+    from rich.progress import Progress
+
+    from infra.latents import dtype_of, encode_dataset
+
+    with Progress(console=console) as progress:
+        task = progress.add_task("encoding")
+        done = encode_dataset(
+            open_registry(store),
+            _load(name, None).stage(stage),
+            work,
+            who=getpass.getuser(),
+            dtype=dtype_of(dtype),
+            device=device,
+            on_clip=lambda clips, total: progress.update(task, completed=clips, total=total),
+        )
+    print_figures(f"latents {done.digest[:16]}", done.metrics)
+
+
+@app.command()
 def train(
     stage: Annotated[str, typer.Argument(help="stage of the curriculum, its parent promoted already")],
     name: Annotated[str, typer.Option("--recipe", help="built-in curriculum or path of a curriculum.toml")] = "tiny",

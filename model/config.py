@@ -267,6 +267,10 @@ class BucketConfig(Config):
 class DataConfig(Config):
     """Which parts of the data set a stage draws from, how often, in which shapes, and by how many processes."""
 
+    form: Literal["clips", "latents"] = "clips"
+    """Clips that the codec encodes in every step, or their latents, which `stiv encode` has stored at the stage's
+    height and width (docs/data.md)."""
+
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"moving_shapes": 1.0})
     """Source name in the shards -> relative sampling weight."""
     buckets: tuple[BucketConfig, ...] = ()

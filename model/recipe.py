@@ -146,8 +146,14 @@ class StageRecipe(Config):
     def _check_buckets(self) -> None:
         """A bucket must hold what the stage's own shape holds, and one clip of it fit into a micro-batch's tokens."""
         budget = self.training.micro_batch_size * prod(self.token_grid)
+        own_size = (self.video.height, self.video.width)
         for place, bucket in enumerate(self.data.buckets):
             shaped, where = self.in_shape(bucket), f"data.buckets.{place} ({bucket})"
+            if self.data.form == "latents" and (bucket.height, bucket.width) != own_size:
+                raise ValueError(
+                    f"{where}: data.form 'latents' holds one size, video's {own_size[0]}x{own_size[1]}; use that size,"
+                    " or data.form 'clips'"
+                )
             if bucket.num_frames > 1 and self.task == "t2i":
                 raise ValueError(f"{where}: task 't2i' trains on images, num_frames must be 1; or use another task")
             try:

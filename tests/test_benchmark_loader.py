@@ -34,11 +34,11 @@ def test_both_decoders_make_the_same_clips_of_the_same_bytes(clips: Path, tmp_pa
     stored = dict(stored_clips(clips / "ours"))
     path = tmp_path / "clip.mp4"
     path.write_bytes(stored[batch.keys[0]])
-    wanted = batch.pixels[0].numpy()
+    wanted = batch.clips[0].numpy()
     tries = (STORED[0] - (FRAMES - 1) * STRIDE) * (STORED[2] - STORED[1] + 1) // 2
     torch.manual_seed(0)
     nearest = min(float(np.abs(cut(str(path)).astype(int) - wanted).mean()) for _ in range(min(tries, 60)))
-    far = float(np.abs(batch.pixels[1].numpy().astype(int) - wanted).mean())
+    far = float(np.abs(batch.clips[1].numpy().astype(int) - wanted).mean())
     assert nearest < far / 2
 
 

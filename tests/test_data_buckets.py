@@ -70,7 +70,7 @@ def clips(batches: list[ClipBatch]) -> dict[int, tuple[str, str, bytes]]:
     """Shape, key and pixels of each clip by its number; a number that comes twice is an error."""
     found: dict[int, tuple[str, str, bytes]] = {}
     for batch in batches:
-        for number, key, pixels in zip(batch.numbers, batch.keys, batch.pixels, strict=True):
+        for number, key, pixels in zip(batch.numbers, batch.keys, batch.clips, strict=True):
             assert number not in found, f"clip {number} came twice"
             found[number] = (str(batch.bucket), key, pixels.numpy().tobytes())
     return found
@@ -84,8 +84,8 @@ def test_a_micro_batch_holds_what_its_tokens_allow(
     shards: ShardSet, bucket: BucketConfig, shape: tuple[int, ...]
 ) -> None:
     batch = next(loader(shards, bucket, micro_batch_size=4))
-    assert tuple(batch.pixels.shape) == shape and batch.bucket == bucket
-    assert batch.pixels.numel() <= 4 * 4 * 16 * 16 * 3
+    assert tuple(batch.clips.shape) == shape and batch.bucket == bucket
+    assert batch.clips.numel() <= 4 * 4 * 16 * 16 * 3
 
 
 def test_a_shape_that_does_not_divide_the_tokens_stays_below_them(shards: ShardSet) -> None:
@@ -116,7 +116,7 @@ def test_steps_are_shared_out_by_weight(shards: ShardSet) -> None:
 def test_an_image_carries_a_stills_caption_and_fills_a_token(shards: ShardSet) -> None:
     batch = next(loader(shards, IMAGE, micro_batch_size=2, temporal_patch_size=2))
     assert tuple(batch.frames.shape) == (4, 2, 3, 16, 16), "two frames a token, so four images in the tokens of 2 x 4"
-    assert torch.equal(batch.pixels[:, 0], batch.pixels[:, 1])
+    assert torch.equal(batch.clips[:, 0], batch.clips[:, 1])
     assert batch.micro[:, 5].tolist() == [1.0] * 4
     assert not [caption for caption in batch.captions if "moves" in caption]
 

@@ -69,7 +69,7 @@ def take(batches: Iterator[ClipBatch], count: int) -> ClipBatch:
     """The next `count` batches as one."""
     taken = list(islice(batches, count))
     return ClipBatch(
-        pixels=torch.cat([batch.pixels for batch in taken]),
+        clips=torch.cat([batch.clips for batch in taken]),
         captions=[caption for batch in taken for caption in batch.captions],
         micro=torch.cat([batch.micro for batch in taken]),
         keys=[key for batch in taken for key in batch.keys],

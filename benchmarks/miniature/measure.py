@@ -26,7 +26,7 @@ def measure(generator: ClipGenerator, heldout: ShardSet, folder: Path) -> dict[s
     samples = [heldout.sample(place) for place in range(SHOWN)]
     for task in tasks.evaluated(recipe):
         places = tasks.source_frames(recipe.video, task, recipe.network.temporal_patch_size)
-        clips = to_frames([middle_cut(sample, recipe.video, places) for sample in samples])
+        clips = to_frames([middle_cut(sample, recipe.video, places).clip for sample in samples])
         captions = [caption_of(sample, still=recipe.video.num_frames == 1) for sample in samples]
         np.save(
             folder / f"{task}.npy", np.stack(generator.complete(captions, clips, task, seed=SEED)), allow_pickle=False

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.latents import require_current
 from infra.launch.local import StageLaunch
 from infra.launch.supervise import supervise
 from infra.registry.gate import PromotionRefused
 from infra.registry.layout import EVALUATION
-from infra.registry.names import CODEC, DATASET, promoted
+from infra.registry.names import CODEC, DATASET, latents, promoted
 from infra.registry.records import GateReport, Manifest
 from infra.registry.registry import Registry
 from model.checkpoint import folder as checkpoint
@@ -72,7 +73,7 @@ def run_stage(
     """
     seconds: dict[str, float] = {}
     clock = time.monotonic()
-    folders, parents = _fetch_inputs(recipe, registry, work)
+    folders, parents = fetch_inputs(recipe, registry, work)
     seconds["fetch"] = time.monotonic() - clock
 
     clock = time.monotonic()
@@ -104,9 +105,14 @@ def run_stage(
     return StageOutcome(manifest, moved.gate, progress, grid, animations, seconds, booked)
 
 
-def _fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
+def fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
     """Data set, codec and the parents' checkpoints as verified folders, and their digests by role."""
     dataset, codec = registry.resolve(DATASET), registry.resolve(CODEC)
+    if recipe.data.form == "latents":
+        name = latents(recipe.video.height, recipe.video.width)
+        encoded = registry.resolve(name)
+        require_current(name, encoded, dataset, codec)
+        dataset = encoded
     parents = {"dataset": dataset.digest, "codec": codec.digest}
     initial: dict[str, Path] = {}
     for role, name in (("checkpoint", recipe.parent), ("temporal_checkpoint", recipe.temporal_parent)):

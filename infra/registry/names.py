@@ -6,6 +6,11 @@ CANDIDATE = "engine/candidate"
 """The engine that was exported and proven last."""
 
 
+def latents(height: int, width: int) -> str:
+    """The data set's latents of pictures of that size."""
+    return f"latents_{height}x{width}/promoted"
+
+
 def promoted(stage: str) -> str:
     """The checkpoint of a stage that passed its gate last."""
     return f"{stage}/promoted"

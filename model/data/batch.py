@@ -6,17 +6,19 @@ which process it runs.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from model.config import BucketConfig, Task
-from model.data.cut import caption_of, random_cut
+from model.data.cut import Cut, caption_of, random_cut
 from model.data.order import ClipShape
-from model.data.shards import Sample, SampleCorrupt, ShardSet
+from model.data.shards import LatentSample, Sample, SampleCorrupt, ShardSet
 from model.tasks import draw_task, frame_stride
+from model.vae import FrameCodec
 
 _CUT = 1
 """Stream of random numbers, one a clip."""
@@ -26,8 +28,8 @@ _CUT = 1
 class ClipBatch:
     """Clips of one shape with what conditions them."""
 
-    pixels: Tensor
-    """uint8 [B, T, H, W, 3]."""
+    clips: Tensor
+    """Pixels uint8 [B, T, H, W, 3], or what a set of latents holds, float [B, T, C, h, w]."""
     captions: list[str]
     micro: Tensor
     """float32 [B, 6]: original height, original width, crop top, crop left, frame stride, number of frames."""
@@ -41,17 +43,21 @@ class ClipBatch:
 
     @property
     def frames(self) -> Tensor:
-        """float32 [B, T, 3, H, W] in [-1, 1], made anew where the pixels are."""
-        return (self.pixels.permute(0, 1, 4, 2, 3).contiguous() / 127.5).sub_(1.0)
+        """Pixels as float32 [B, T, 3, H, W] in [-1, 1], made anew where they are."""
+        return (self.clips.permute(0, 1, 4, 2, 3).contiguous() / 127.5).sub_(1.0)
+
+    def latents(self, codec: FrameCodec) -> Tensor:
+        """float32 [B, T, C, h, w]: the stored ones, or the pixels encoded now."""
+        return self.clips.float() if self.clips.is_floating_point() else codec.encode(self.frames)
 
     def to(self, device: torch.device) -> Self:
         """On `device`; the copy does not wait where the batch is in pinned memory."""
-        pixels, micro = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.micro))
-        return replace(self, pixels=pixels, micro=micro)
+        clips, micro = (tensor.to(device, non_blocking=True) for tensor in (self.clips, self.micro))
+        return replace(self, clips=clips, micro=micro)
 
     def pin_memory(self) -> Self:
         """In memory that a GPU copies from by itself; torch's DataLoader calls it."""
-        return replace(self, pixels=self.pixels.pin_memory(), micro=self.micro.pin_memory())
+        return replace(self, clips=self.clips.pin_memory(), micro=self.micro.pin_memory())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +82,15 @@ class BatchMaker:
     def __call__(self, request: ClipRequest) -> ClipBatch:
         shape = self.shapes[request.shape]
         video = shape.video
-        pixels = np.empty((len(request.numbers), video.num_frames, video.height, video.width, 3), dtype=np.uint8)
+        clips: list[npt.NDArray[Any]] = []
         micro = np.empty((len(request.numbers), 6), dtype=np.float32)
         captions: list[str] = []
         keys: list[str] = []
         corrupt: dict[str, str] = {}
         for row, (number, position) in enumerate(zip(request.numbers, request.positions, strict=True)):
             task = draw_task(shape.tasks, self.seed, number)
-            rng, sample = self._read(shape, task, number, position, corrupt)
-            cut = random_cut(sample, video, rng)
-            pixels[row] = cut.frames
+            sample, cut = self._read(shape, task, number, position, corrupt)
+            clips.append(cut.clip)
             micro[row] = (
                 sample.original_height,
                 sample.original_width,
@@ -97,7 +102,7 @@ class BatchMaker:
             captions.append(caption_of(sample, still=shape.still))
             keys.append(sample.key)
         return ClipBatch(
-            torch.from_numpy(pixels),  # pyright: ignore[reportUnknownMemberType]
+            torch.from_numpy(np.stack(clips)),  # pyright: ignore[reportUnknownMemberType]
             captions,
             torch.from_numpy(micro),  # pyright: ignore[reportUnknownMemberType]
             keys,
@@ -108,8 +113,8 @@ class BatchMaker:
 
     def _read(
         self, shape: ClipShape, task: Task, number: int, position: int, corrupt: dict[str, str]
-    ) -> tuple[np.random.Generator, Sample]:
-        """The clip's frames at a random place in time, and its stream of random numbers.
+    ) -> tuple[Sample | LatentSample, Cut]:
+        """The clip's frames at a random place in time and, where they are pixels, in space.
 
         In place of a corrupt sample comes the next of its source that fits: of the seed, the place and the set alone,
         so every run over this set sees the same one there.
@@ -119,11 +124,17 @@ class BatchMaker:
             rng = np.random.Generator(np.random.PCG64([self.seed, _CUT, number]))
             places = shape.places[task]
             start = 0 if task == "multiview" else int(rng.integers(entry.num_frames - places[-1]))
+            wanted = [start + place for place in places]
             try:
-                return rng, self.shards.sample(entry_at, [start + place for place in places])
+                if self.shards.index.latents is not None:
+                    encoded = self.shards.latents(entry_at, wanted)
+                    return encoded, Cut(encoded.latents, encoded.top, encoded.left)
+                sample = self.shards.sample(entry_at, wanted)
             except SampleCorrupt as error:
                 corrupt[entry.key] = str(error)
                 check_corrupt(corrupt, self.max_corrupt)
+            else:
+                return sample, random_cut(sample, shape.video, rng)
         raise SampleCorrupt(f"no sample of source '{self.shards.entries[position].source}' can be read")
 
     def _candidates(self, shape: ClipShape, position: int) -> Iterator[int]:

@@ -5,21 +5,22 @@ It owns windows, crops, resizing and which caption fits; it knows nothing of whi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from model.config import VideoConfig
-from model.data.shards import Sample
+from model.data.shards import LatentSample, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Clip pixels uint8 [T, H, W, 3] and where in the original picture they begin."""
+    """A clip of a stage's size and where in the original picture it begins."""
 
-    frames: npt.NDArray[np.uint8]
+    clip: npt.NDArray[Any]
+    """Pixels uint8 [T, H, W, 3], or latents [T, C, h, w]."""
     top: float
     left: float
 
@@ -31,20 +32,26 @@ def random_cut(sample: Sample, video: VideoConfig, rng: np.random.Generator) -> 
     top = int(rng.integers(stored_height - height + 1))
     left = int(rng.integers(stored_width - width + 1))
     return Cut(
-        frames=_fitted(sample.frames[:, top : top + height, left : left + width], video, scale),
+        clip=_fitted(sample.frames[:, top : top + height, left : left + width], video, scale),
         top=top * sample.original_height / stored_height,
         left=left * sample.original_width / stored_width,
     )
 
 
-def middle_cut(sample: Sample, video: VideoConfig, places: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """Frames [T, H, W, 3] at `places`, the largest middle part of the wanted aspect: without chance, to measure on."""
+def middle_cut(sample: Sample, video: VideoConfig, places: Sequence[int] | None = None) -> Cut:
+    """Frames at `places`, or all, the largest middle part of the wanted aspect: without chance."""
     height, width, scale = _window(sample, video)
-    top, left = (sample.frames.shape[1] - height) // 2, (sample.frames.shape[2] - width) // 2
-    return _fitted(sample.frames[list(places), top : top + height, left : left + width], video, scale)
+    stored_height, stored_width = cast(tuple[int, int], sample.frames.shape[1:3])
+    top, left = (stored_height - height) // 2, (stored_width - width) // 2
+    frames = sample.frames if places is None else sample.frames[list(places)]
+    return Cut(
+        clip=_fitted(frames[:, top : top + height, left : left + width], video, scale),
+        top=top * sample.original_height / stored_height,
+        left=left * sample.original_width / stored_width,
+    )
 
 
-def caption_of(sample: Sample, *, still: bool) -> str:
+def caption_of(sample: Sample | LatentSample, *, still: bool) -> str:
     """The caption of the clip, or of any `still` frame of it."""
     told = sample.extra.get("image_caption") if still else None
     return told if isinstance(told, str) else sample.caption

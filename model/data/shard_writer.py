@@ -9,18 +9,23 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
+from pydantic import JsonValue
 
 from model.data.encoding import Encoding, encode
 from model.data.shards import (
     INDEX,
+    LEFT,
     SCHEMA_VERSION,
     SUFFIXES,
+    TOP,
+    LatentsOf,
     Sample,
     SampleEntry,
     ShardEntry,
@@ -40,11 +45,17 @@ _FACTS = frozenset(("caption", "source", "licence", "credit", "fps", "original_h
 class ShardWriter:
     """Writes a shard set; a context manager, because leaving it is what completes the set.
 
-    With an `encoding` clips are stored as `KEY.mp4`, else as raw frames, byte for byte.
-    Left by an exception it takes back every file it wrote, so that nothing is half-written.
+    With an `encoding` clips are stored as `KEY.mp4`; a set of `latents` is given them sample by sample; else frames are
+    stored raw, byte for byte. Left by an exception it takes back every file it wrote, so that nothing is half-written.
     """
 
-    def __init__(self, folder: Path, max_samples: int = 512, encoding: Encoding | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_samples: int = 512,
+        encoding: Encoding | None = None,
+        latents: LatentsOf | None = None,
+    ) -> None:
         if max_samples < 1:
             raise ValueError(f"max_samples {max_samples} must be at least 1")
         if (folder / INDEX).exists():
@@ -52,6 +63,7 @@ class ShardWriter:
         self.folder = folder
         self.max_samples = max_samples
         self.encoding = encoding
+        self.latents = latents
         self._shards: list[ShardEntry] = []
         self._samples: dict[str, SampleEntry] = {}
         self._tar: tarfile.TarFile | None = None
@@ -77,16 +89,34 @@ class ShardWriter:
             self._abandon()
 
     def write(self, sample: Sample) -> None:
+        """Add a clip of pixels."""
+        assert self.latents is None, "a set of latents takes write_latents"
         self._check(sample)
-        facts = _facts(sample)
-        clip = _raw(sample) if self.encoding is None else encode(sample.frames, sample.fps, self.encoding)
-        kind = "frames" if self.encoding is None else "mp4"
+        if self.encoding is None:
+            self._add(sample, _facts(sample), "frames", _npy(sample.frames))
+        else:
+            self._add(sample, _facts(sample), "mp4", encode(sample.frames, sample.fps, self.encoding))
+
+    def write_latents(self, sample: Sample, latents: npt.NDArray[np.floating], *, top: float, left: float) -> None:
+        """Add the `latents` [T, C, h, w] of all frames of `sample`, encoded from `top`, `left` of its original."""
+        assert self.latents is not None, "a set of pixels takes write"
+        self._check(sample)
+        if len(latents) != len(sample.frames):
+            raise ValueError(f"sample '{sample.key}' has {len(sample.frames)} frames, its latents {len(latents)}")
+        if not np.abs(latents).max() <= np.finfo(self.latents.dtype).max:  # a NaN is within nothing
+            raise ValueError(
+                f"sample '{sample.key}': latents up to {np.abs(latents).max():g} do not fit {self.latents.dtype};"
+                " store float32, or normalise the codec"
+            )
+        self._add(sample, _facts(sample, {TOP: top, LEFT: left}), "latents", _npy(latents.astype(self.latents.dtype)))
+
+    def _add(self, sample: Sample, facts: bytes, kind: Literal["frames", "mp4", "latents"], clip: bytes) -> None:
         image_caption = sample.extra.get("image_caption")
         if self._tar is None:
             path = self.folder / f"shard-{len(self._shards):05d}.tar"
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed by _close_shard
-        json_offset = _add(self._tar, f"{sample.key}.json", facts)
-        offset = _add(self._tar, f"{sample.key}.{SUFFIXES[kind]}", clip)
+        json_offset = _append(self._tar, f"{sample.key}.json", facts)
+        offset = _append(self._tar, f"{sample.key}.{SUFFIXES[kind]}", clip)
         self._samples[sample.key] = SampleEntry(
             key=sample.key,
             source=sample.source,
@@ -115,10 +145,10 @@ class ShardWriter:
             raise ValueError(f"sample {sample.key!r}: frames must be uint8 [T, H, W, 3], not {kind} {list(shape)}")
         if not sample.caption.strip():
             raise ValueError(f"sample {sample.key!r} has no caption")
-        taken = _FACTS & set(sample.extra)
+        taken = (_FACTS | {TOP, LEFT}) & set(sample.extra)
         if taken:
             raise ValueError(
-                f"sample {sample.key!r}: extra may not hold {sorted(taken)}, which are fields of their own"
+                f"sample {sample.key!r}: extra may not hold {sorted(taken)}, which have a place of their own"
             )
 
     def _close_shard(self) -> None:
@@ -141,6 +171,7 @@ class ShardWriter:
             shards=tuple(self._shards),
             samples=samples,
             totals=_totals(samples),
+            latents=self.latents,
         )
         part = self.folder / f".{INDEX}.part"
         part.write_text(index.model_dump_json(indent=1) + "\n")
@@ -162,14 +193,14 @@ class ShardWriter:
         return len(paths)
 
 
-def _facts(sample: Sample) -> bytes:
-    facts = {**sample.extra, **{name: getattr(sample, name) for name in _FACTS}}
+def _facts(sample: Sample, more: Mapping[str, JsonValue] | None = None) -> bytes:
+    facts = {**sample.extra, **{name: getattr(sample, name) for name in _FACTS}, **(more or {})}
     return json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
 
 
-def _raw(sample: Sample) -> bytes:
+def _npy(values: npt.NDArray[Any]) -> bytes:
     array = io.BytesIO()
-    np.save(array, np.ascontiguousarray(sample.frames), allow_pickle=False)
+    np.save(array, np.ascontiguousarray(values), allow_pickle=False)
     return array.getvalue()
 
 
@@ -180,7 +211,7 @@ def _totals(samples: Sequence[SampleEntry]) -> dict[str, SourceTotals]:
     return {source: SourceTotals(samples=len(frames[source]), frames=sum(frames[source])) for source in sorted(frames)}
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+def _append(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     """Append a member with no date and no owner, so that equal samples make equal shards; where its data begins."""
     info = tarfile.TarInfo(name)
     info.size = len(data)

@@ -2,8 +2,9 @@
 
 It owns the file format, how a sample is read and how damage is found; it knows nothing of where clips come from, how
 sets are written (`shard_writer`) or how clips are batched. A set is a folder of `shard-NNNNN.tar` (members `KEY.json`
-and `KEY.frames.npy`, or `KEY.mp4` where the clip is encoded) and an `index.json` that is written last: without it the
-folder is an unfinished attempt. Where a `ShardCache` is given, shards that the folder lacks come from a store.
+and `KEY.frames.npy`, or `KEY.mp4` where the clip is encoded, or `KEY.latents.npy` in a set of latents) and an
+`index.json` that is written last: without it the folder is an unfinished attempt. Where a `ShardCache` is given, shards
+that the folder lacks come from a store.
 """
 
 import hashlib
@@ -12,11 +13,12 @@ import json
 import mmap
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +33,11 @@ Count = Annotated[int, Field(ge=0)]
 SCHEMA_VERSION = 2
 """What is written. Version 1, which is still read, had raw frames only and no checksums by sample."""
 INDEX = "index.json"
-SUFFIXES = {"frames": "frames.npy", "mp4": "mp4"}
+SUFFIXES = {"frames": "frames.npy", "mp4": "mp4", "latents": "latents.npy"}
 """Ending of a clip's member in the tar, by the index's word for it."""
 
+TOP, LEFT = "crop_top", "crop_left"
+"""Facts of a sample of latents: where the encoded part begins, in pixels of the original."""
 _OPEN_SHARDS = 64
 """Shards mapped at a time; each holds a file descriptor."""
 
@@ -74,6 +78,33 @@ class Sample:
     """Further facts, such as `image_caption`, or colour, shape and direction of a drawn clip."""
 
 
+@dataclass(frozen=True, slots=True)
+class LatentSample:
+    """A clip as a codec's latents, with what a batch needs to know of it."""
+
+    key: str
+    latents: npt.NDArray[np.floating]
+    """[T, C, h, w], of the set's dtype."""
+    caption: str
+    original_height: int
+    original_width: int
+    top: float
+    """Where the encoded part begins, in pixels of the original."""
+    left: float
+    extra: Mapping[str, JsonValue]
+
+
+class LatentsOf(Config):
+    """What the latents of a set are of."""
+
+    codec: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Sha256 of the header of the codec that encoded them, which names its weights."""
+    height: Positive
+    """Pixels that were encoded."""
+    width: Positive
+    dtype: Literal["float16", "float32"]
+
+
 class ShardEntry(Config):
     """A shard file as the index describes it."""
 
@@ -98,7 +129,7 @@ class SampleEntry(Config):
     """First byte of the clip's member in the shard, behind its tar header."""
     json_offset: Count
     json_size: Positive
-    encoding: Literal["frames", "mp4"] = "frames"
+    encoding: Literal["frames", "mp4", "latents"] = "frames"
     size: Positive | None = None
     """Bytes of the clip's member."""
     crc32: Count | None = None
@@ -119,6 +150,15 @@ class ShardIndex(Config):
     shards: tuple[ShardEntry, ...]
     samples: tuple[SampleEntry, ...]
     totals: dict[str, SourceTotals]
+    latents: LatentsOf | None = None
+    """Of a set of latents; None where clips are pixels."""
+
+    @model_validator(mode="after")
+    def _samples_are_of_one_kind(self) -> Self:
+        odd = next((e.key for e in self.samples if (e.encoding == "latents") != (self.latents is not None)), None)
+        if odd is not None:
+            raise ValueError(f"sample '{odd}' and the set disagree whether clips are latents")
+        return self
 
     @model_validator(mode="after")
     def _samples_lie_in_shards(self) -> Self:
@@ -176,6 +216,25 @@ class ShardSet:
         Raises:
             SampleCorrupt: names shard, key and reason.
         """
+        if self.index.latents is not None:
+            raise ValueError(f"{self.folder} holds latents and no pixels; use the set they were encoded from")
+        with self._open(position) as (mapped, entry, facts):
+            return _sample(entry.key, _frames(mapped, entry, places), facts)
+
+    def latents(self, position: int, places: Sequence[int]) -> LatentSample:
+        """The sample at `position` of a set of latents, with its frames at `places`.
+
+        Raises:
+            SampleCorrupt: names shard, key and reason.
+        """
+        assert self.index.latents is not None, "asked of a set of pixels"
+        with self._open(position) as (mapped, entry, facts):
+            stored = _array(mapped, entry, np.dtype(self.index.latents.dtype), ndim=4)
+            return _latent_sample(entry.key, stored[list(places)], facts)
+
+    @contextmanager
+    def _open(self, position: int) -> Generator[tuple[mmap.mmap, SampleEntry, dict[str, JsonValue]]]:
+        """A sample's mapped shard, its entry and its facts, its bytes checked; damage met inside is told as such."""
         entry = self.index.samples[position]
         mapped = self._mapped(entry.shard)
         try:
@@ -183,7 +242,7 @@ class ShardSet:
                 _check_bytes(mapped, entry)
                 self._checked[position] = 1
             facts = json.loads(mapped[entry.json_offset : entry.json_offset + entry.json_size])
-            return _sample(entry.key, _frames(mapped, entry, places), cast(dict[str, JsonValue], facts))
+            yield mapped, entry, cast(dict[str, JsonValue], facts)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             path = self.folder / self.index.shards[entry.shard].name
             raise SampleCorrupt(
@@ -251,12 +310,19 @@ def _frames(mapped: mmap.mmap, entry: SampleEntry, places: Sequence[int] | None)
         return decode(
             mapped[entry.offset : entry.offset + entry.size], range(entry.num_frames) if places is None else places
         )
+    frames = _array(mapped, entry, np.dtype(np.uint8), ndim=4)
+    if frames.shape[-1] != 3:
+        raise ValueError(f"frames have {frames.shape[-1]} channels, not 3")
+    return frames if places is None else frames[list(places)]
+
+
+def _array(mapped: mmap.mmap, entry: SampleEntry, dtype: np.dtype[Any], ndim: int) -> npt.NDArray[Any]:
+    """The clip's .npy member as a read-only view of the file."""
     header_end = entry.offset + 10 + int.from_bytes(mapped[entry.offset + 8 : entry.offset + 10], "little")
-    shape = _frames_shape(mapped[entry.offset : header_end])
+    shape = _array_shape(mapped[entry.offset : header_end], dtype, ndim)
     if shape[0] != entry.num_frames:
         raise ValueError(f"it holds {shape[0]} frames where the index says {entry.num_frames}")
-    frames = np.frombuffer(mapped, np.uint8, int(np.prod(shape)), header_end).reshape(shape)
-    return frames if places is None else frames[list(places)]
+    return np.frombuffer(mapped, dtype, int(np.prod(shape)), header_end).reshape(shape)
 
 
 def _sample(key: str, frames: npt.NDArray[np.uint8], facts: dict[str, JsonValue]) -> Sample:
@@ -274,14 +340,27 @@ def _sample(key: str, frames: npt.NDArray[np.uint8], facts: dict[str, JsonValue]
     )
 
 
+def _latent_sample(key: str, latents: npt.NDArray[np.floating], facts: dict[str, JsonValue]) -> LatentSample:
+    return LatentSample(
+        key=key,
+        latents=latents,
+        caption=str(facts["caption"]),
+        original_height=int(cast(int, facts["original_height"])),
+        original_width=int(cast(int, facts["original_width"])),
+        top=float(cast(float, facts[TOP])),
+        left=float(cast(float, facts[LEFT])),
+        extra=facts,
+    )
+
+
 @lru_cache(maxsize=256)
-def _frames_shape(header: bytes) -> tuple[int, ...]:
-    """Shape in the header of an .npy file of uint8 [T, H, W, 3]; ValueError for any other."""
+def _array_shape(header: bytes, wanted: np.dtype[Any], ndim: int) -> tuple[int, ...]:
+    """Shape in the header of an .npy file of this type and number of axes; ValueError for any other."""
     file = io.BytesIO(header)
     np.lib.format.read_magic(file)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran_order or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-        raise ValueError(f"frames are {dtype} {shape}")
+    if fortran_order or dtype != wanted or len(shape) != ndim:
+        raise ValueError(f"its array is {dtype} {shape}, not {wanted} with {ndim} axes")
     return shape
 
 

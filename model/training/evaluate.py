@@ -197,7 +197,7 @@ def _places(recipe: StageRecipe, task: Task) -> tuple[int, ...]:
 def _cut(samples: Sequence[Sample], recipe: StageRecipe, task: Task) -> Heldout:
     shapes = all(sample.source == SHAPES for sample in samples)
     return Heldout(
-        clips=[middle_cut(sample, recipe.video, _places(recipe, task)) for sample in samples],
+        clips=[middle_cut(sample, recipe.video, _places(recipe, task)).clip for sample in samples],
         captions=[_caption(recipe, sample) for sample in samples],
         specs=[_spec(sample) for sample in samples] if shapes else [],
     )

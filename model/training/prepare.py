@@ -16,6 +16,7 @@ from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader
 from model.checkpoint.sink import CheckpointSink, restore
 from model.checkpoint.writer import CheckpointWriter
+from model.data.latents import require_fit
 from model.data.loader import ClipLoader
 from model.data.shards import INDEX, ShardSet
 from model.network.recompute import compile_blocks, recompute_blocks
@@ -47,6 +48,7 @@ def prepare(
     """Everything built and, where the run has a checkpoint, put back to where it was."""
     training = recipe.training
     shards = ShardSet(folders.data / "train")
+    require_fit(shards, recipe, folders.codec)
     loader = ClipLoader(
         shards,
         video=recipe.video,

@@ -97,7 +97,7 @@ class StageTraining:
     def _loss(self, batch: ClipBatch) -> tuple[Tensor, Cost]:
         recipe = self.recipe if batch.bucket is None else self.recipe.in_shape(batch.bucket)
         batch = batch.to(self.engine.place.device)
-        latents = self.codec.encode(batch.frames)
+        latents = batch.latents(self.codec)
         drawn = self._draw(recipe, batch.numbers, latents)
         text = self.captions.rows(batch.captions, drawn.text_dropped)
         conditions = Conditions.of(text, batch.micro)
