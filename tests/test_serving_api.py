@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from infra.serving.api import poll_after_ms
+from infra.serving.http.app import poll_after_ms
 from infra.serving.jobs import Job
 from infra.serving.limits import ServingLimits
 from infra.serving.pipeline import VideoPipeline

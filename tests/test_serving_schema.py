@@ -1,7 +1,8 @@
 import pytest
 
-from infra.serving.limits import ServedModel, ServingLimits, VideoRequest, resolve
-from infra.serving.schema import ApiError, parse_create
+from infra.serving.http.resolve import resolve
+from infra.serving.http.schema import ApiError, parse_create
+from infra.serving.limits import ServedModel, ServingLimits, VideoRequest
 from infra.serving.settings import ServerSettings
 from tests.tiny_server import WordEncoder, tiny_recipe
 

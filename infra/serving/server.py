@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 from starlette.concurrency import run_in_threadpool
 
 from export.profiles import ShapeProfile
-from infra.serving.api import Service, create_app
+from infra.serving.http.app import Service, create_app
 from infra.serving.jobs import JobStore
 from infra.serving.limits import ServedModel, ServingLimits
 from infra.serving.pipeline import VideoPipeline

@@ -22,10 +22,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infra.serving import media
-from infra.serving.bodies import CreateBody, read_create_body
-from infra.serving.jobs import Job, JobNotFound, JobStore, Order, QueueFull
-from infra.serving.limits import ServedModel, resolve
-from infra.serving.schema import (
+from infra.serving.http.bodies import CreateBody, read_create_body
+from infra.serving.http.resolve import resolve
+from infra.serving.http.schema import (
     FILE_FIELD,
     VARIANTS,
     ApiError,
@@ -38,6 +37,8 @@ from infra.serving.schema import (
     VideoPage,
     parse_create,
 )
+from infra.serving.jobs import Job, JobNotFound, JobStore, Order, QueueFull
+from infra.serving.limits import ServedModel
 from infra.serving.settings import ServerSettings
 from infra.store.artifacts import ArtifactStore
 from monitoring import metrics

@@ -12,8 +12,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
+from infra.serving.http.schema import FILE_FIELD, ApiError
 from infra.serving.limits import MEBIBYTE
-from infra.serving.schema import FILE_FIELD, ApiError
 
 DRAINED_BYTES = 64 * MEBIBYTE
 """Read and dropped beyond the limit, so that a client still sending sees the 413 and not a broken connection."""
