@@ -18,7 +18,7 @@ import uvicorn
 from PIL import Image
 
 from infra.serving.http.app import poll_after_ms
-from infra.serving.jobs import Job
+from infra.serving.jobs.table import Job
 from infra.serving.limits import ServingLimits
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.server import make_server

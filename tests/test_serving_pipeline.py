@@ -31,15 +31,15 @@ def finish(pipeline: VideoPipeline, rows: Sequence[DenoiseRow]) -> dict[str, tor
     return {row.job_id: row.latents for row in rows}
 
 
-UNLIKE: dict[str, tuple[VideoRequest, bytes | None]] = {
-    "plain": (request(), None),
-    "image": (request("a blue square moves up", seed=8), image()),
+UNLIKE: dict[str, tuple[VideoRequest, dict[str, bytes]]] = {
+    "plain": (request(), {}),
+    "image": (request("a blue square moves up", seed=8), {"image": image()}),
     "guided": (
         request("a green triangle", guidance_scale=9.0, seed=9, negative_prompt="a red circle"),
-        None,
+        {},
     ),
-    "longer": (request("yellow", num_inference_steps=7, flow_shift=3.0, seed=10), None),
-    "large": (request(width=64, height=48, num_frames=4), None),
+    "longer": (request("yellow", num_inference_steps=7, flow_shift=3.0, seed=10), {}),
+    "large": (request(width=64, height=48, num_frames=4), {}),
 }
 
 
@@ -69,7 +69,7 @@ def test_the_first_frame_is_the_image(pipeline: VideoPipeline) -> None:
 
 def test_the_same_seed_gives_the_same_video_and_another_does_not(pipeline: VideoPipeline) -> None:
     first, again, other = (
-        finish(pipeline, [pipeline.prepare("job", request(seed=seed), None)])["job"] for seed in (7, 7, 8)
+        finish(pipeline, [pipeline.prepare("job", request(seed=seed), {})])["job"] for seed in (7, 7, 8)
     )
     assert torch.equal(first, again)
     assert (first - other).abs().max() > 0.1
@@ -79,8 +79,8 @@ def test_the_same_seed_gives_the_same_video_and_another_does_not(pipeline: Video
     "changes", [{"guidance_scale": 6.0}, {"negative_prompt": "red"}, {"prompt": "blue"}, {"flow_shift": 4.0}]
 )
 def test_every_condition_changes_the_video(pipeline: VideoPipeline, changes: dict[str, Any]) -> None:
-    plain = finish(pipeline, [pipeline.prepare("job", request(), None)])["job"]
-    changed = finish(pipeline, [pipeline.prepare("job", request(**changes), None)])["job"]
+    plain = finish(pipeline, [pipeline.prepare("job", request(), {})])["job"]
+    changed = finish(pipeline, [pipeline.prepare("job", request(**changes), {})])["job"]
     assert (plain - changed).abs().max() > 1e-4
 
 
@@ -117,13 +117,13 @@ def test_a_diffusion_network_is_served_along_the_flow_it_implies() -> None:
 
 def test_an_upload_size_other_than_trained_works_for_every_multiple(pipeline: VideoPipeline) -> None:
     for width, height, frames in ((16, 16, 2), (64, 16, 4), (32, 48, 16)):
-        row = pipeline.prepare("job", request(width=width, height=height, num_frames=frames), None)
+        row = pipeline.prepare("job", request(width=width, height=height, num_frames=frames), {})
         finish(pipeline, [row])
         assert pipeline.decode(row).shape == (frames, height, width, 3)
 
 
 def test_a_failed_call_leaves_every_row_as_it_was(pipeline: VideoPipeline) -> None:
-    rows = [pipeline.prepare("good", request(), None), pipeline.prepare("bad", request("EXPLODE"), None)]
+    rows = [pipeline.prepare("good", request(), {}), pipeline.prepare("bad", request("EXPLODE"), {})]
     before = rows[0].latents.clone()
     with pytest.raises(RuntimeError):
         pipeline.advance(rows)
@@ -132,7 +132,7 @@ def test_a_failed_call_leaves_every_row_as_it_was(pipeline: VideoPipeline) -> No
 
 def test_a_diverged_row_says_so() -> None:
     pipeline = tiny_pipeline()
-    row = pipeline.prepare("job", request("NAN"), None)
+    row = pipeline.prepare("job", request("NAN"), {})
     row.require_finite()
     pipeline.advance([row])
     with pytest.raises(Diverged, match="job job are not finite after step 1 of 4"):

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.serving.jobs import Job, JobStore
+from infra.serving.jobs.files import JobFiles
+from infra.serving.jobs.store import JobStore
+from infra.serving.jobs.table import Job, NewJob
 from infra.serving.limits import VideoRequest
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.worker import Worker
@@ -28,25 +30,24 @@ def jobs(tmp_path: Path) -> Iterator[JobStore]:
 def worker(jobs: JobStore, pipeline: VideoPipeline, tmp_path: Path) -> Worker:
     """Not started: tests take its turns themselves."""
     settings = tiny_settings(tmp_path, max_rows=3, progress_every_s=0, drain_s=120)
-    return Worker(jobs, pipeline, FolderStore(tmp_path / "store"), settings)
+    return Worker(jobs, pipeline, JobFiles(jobs.database, FolderStore(tmp_path / "store")), settings)
 
 
 @pytest.fixture
 def create(jobs: JobStore) -> Callable[..., Job]:
     def create(body: VideoRequest | None = None, *, image_digest: str | None = None) -> Job:
-        return jobs.create(body or request(), model="stiv-tiny", image_digest=image_digest, max_queued=99)
+        inputs = {"image": image_digest} if image_digest else {}
+        return jobs.create(NewJob(body or request(), model="stiv-tiny", inputs=inputs), max_queued=99)
 
     return create
 
 
-def put(worker: Worker, data: bytes, folder: Path) -> str:
-    (folder / "image").write_bytes(data)
-    return worker.store.put_file(folder / "image").digest
+def put(worker: Worker, data: bytes) -> str:
+    return worker.files.keep_bytes(data)
 
 
-def read(worker: Worker, digest: str, folder: Path) -> bytes:
-    worker.store.fetch_file(digest, folder / "fetched")
-    return (folder / "fetched").read_bytes()
+def read(worker: Worker, digest: str) -> bytes:
+    return worker.files.read(digest)
 
 
 def finish(worker: Worker) -> None:
@@ -79,13 +80,13 @@ def test_no_more_rows_run_than_there_are_seats(worker: Worker, jobs: JobStore, c
 def test_a_video_made_in_company_is_the_video_made_alone(
     worker: Worker, jobs: JobStore, create: Callable[..., Job], tmp_path: Path
 ) -> None:
-    digest = put(worker, image(), tmp_path)
+    digest = put(worker, image())
     alone = create(request(seed=3), image_digest=digest)
     finish(worker)
     company = [create(request(seed=4)), create(request(seed=3), image_digest=digest), create(request("blue", seed=5))]
     finish(worker)
     twin = jobs.get(company[1].id)
-    videos = [read(worker, job.artifacts["video"], tmp_path) for job in (jobs.get(alone.id), twin)]
+    videos = [read(worker, job.artifacts["video"]) for job in (jobs.get(alone.id), twin)]
     assert videos[0] == videos[1]
     assert jobs.get(company[0].id).artifacts["video"] != twin.artifacts["video"]
 
@@ -113,7 +114,7 @@ def test_a_lost_or_corrupt_image_fails_its_job_alone(
     worker: Worker, jobs: JobStore, create: Callable[..., Job], tmp_path: Path
 ) -> None:
     lost = create(image_digest="0" * 64)
-    digest = put(worker, image(), tmp_path)
+    digest = put(worker, image())
     blob = tmp_path / "store" / "cas" / "sha256" / digest[:2] / digest
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
     corrupt, good = create(image_digest=digest), create()
@@ -138,11 +139,11 @@ def test_a_job_cancelled_while_it_is_delivered_stays_deleted(
 ) -> None:
     job = create(request(num_inference_steps=1))
     worker.turn(admitting=False)
-    leased = jobs.lease(worker.owner, 1)[0]
-    row = worker.pipeline.prepare(job.id, leased.request, None)
+    leased = jobs.lease(worker.owner, [job.id])[0]
+    row = worker.pipeline.prepare(job.id, leased.request, {})
     worker.pipeline.advance([row])
     jobs.delete(job.id)
-    assert not jobs.complete(job.id, worker.owner, {"video": "x"}, retention_s=1)
+    assert not jobs.complete(job.id, worker.owner, {"video": "x"}, engine="e", retention_s=1)
     finish(worker)
     assert jobs.count("deleted") == 1
 
@@ -154,7 +155,7 @@ def test_a_second_run_of_a_lost_job_gives_the_same_video(
     worker.turn()
     assert jobs.requeue_abandoned(lease_s=-1) == 2
     finish(worker)
-    second = Worker(jobs, pipeline, worker.store, worker.settings)
+    second = Worker(jobs, pipeline, worker.files, worker.settings)
     finish(second)
     states = [jobs.get(each.id) for each in (twin, job)]
     assert [each.state for each in states] == ["completed", "completed"]
@@ -188,7 +189,9 @@ def test_a_worker_without_time_to_drain_hands_its_jobs_back(
     jobs: JobStore, pipeline: VideoPipeline, create: Callable[..., Job], tmp_path: Path
 ) -> None:
     job = create(request(num_inference_steps=200))
-    worker = Worker(jobs, pipeline, FolderStore(tmp_path / "store"), tiny_settings(tmp_path, drain_s=0))
+    worker = Worker(
+        jobs, pipeline, JobFiles(jobs.database, FolderStore(tmp_path / "store")), tiny_settings(tmp_path, drain_s=0)
+    )
     worker.start()
     while jobs.count("in_progress") < 1:
         time.sleep(0.005)

@@ -57,6 +57,15 @@ class VideoRequest(Config):
         return self.source_frames - self.given_frames + self.num_frames - self.surplus_frames
 
 
+ENGINE_ROWS = {"joint": 2, "separate": 3, "none": 1}
+"""Rows that a video takes in an engine call, by its kind of guidance: one a pass of `model.sampler.PASSES`."""
+
+
+def cost_key(request: VideoRequest) -> str:
+    """FRAMESxHEIGHTxWIDTH: requests with equal ones take equally long a denoise step and row."""
+    return f"{request.num_frames}x{request.height}x{request.width}"
+
+
 class ServingLimits(Config):
     """Bounds of one served model and of one request body."""
 

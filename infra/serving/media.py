@@ -75,7 +75,8 @@ def write_frames(path: Path, clip: Clip, fps: int) -> None:
 def read_frames(data: bytes) -> Clip:
     """What `write_frames` wrote [F, H, W, 3]."""
     with av.open(io.BytesIO(data), "r", format="matroska") as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames).astype(np.uint8, copy=False)
 
 
 def write_mp4(path: Path, clip: Clip, fps: int) -> None:

@@ -4,7 +4,7 @@ It owns the engine, the codec and the text encoder of an engine bundle; it knows
 All that is random about a row comes from its request's seed, so a video does not depend on its batch mates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,7 +17,7 @@ from export.bundle import load_bundle, load_engine
 from export.engine import Engine
 from export.profiles import ShapeProfile
 from infra.serving import media
-from infra.serving.limits import VideoRequest
+from infra.serving.limits import VideoRequest, cost_key
 from model.conditioning import Conditions, first_frames, micro_conditions
 from model.config import SamplingConfig
 from model.diffusion import flow_velocity
@@ -46,6 +46,10 @@ class DenoiseRow:
     null: Conditions
     image: ImageCondition
     sampling: SamplingConfig
+    engine: str
+    """Digest of the engine that draws it."""
+    source: Clip | None = None
+    """Frames that the video continues; its last `request.given_frames` are the clean first ones."""
     step: int = 0
 
     @property
@@ -67,8 +71,13 @@ class DenoiseRow:
         return self.sampling.stochastic and self.step < self.num_steps - 1
 
     @property
-    def key(self) -> tuple[torch.Size, Solver, bool]:
-        return self.latents.shape, self.sampling.solver, self.diffuses
+    def key(self) -> tuple[str, torch.Size, Solver, bool]:
+        """Rows with equal keys can share a call of the engine."""
+        return self.engine, self.latents.shape, self.sampling.solver, self.diffuses
+
+    @property
+    def cost_key(self) -> str:
+        return cost_key(self.request)
 
     def noise(self) -> Tensor:
         """Standard normal for the next update, the same whenever it is drawn."""
@@ -119,8 +128,11 @@ class VideoPipeline:
         )
 
     @torch.inference_mode()
-    def prepare(self, job_id: str, request: VideoRequest, image: bytes | None) -> DenoiseRow:
-        """The row at pure noise, with the image's latents as its clean first frame."""
+    def prepare(self, job_id: str, request: VideoRequest, inputs: Mapping[str, bytes]) -> DenoiseRow:
+        """The row at pure noise, with what `inputs` give as its clean first frames.
+
+        Roles: "image", a PNG of the video's size; "video", the frames that it continues, see `media.read_frames`.
+        """
         factor = self.codec.spatial_factor
         shape = (1, request.num_frames, self.codec.latent_channels, request.height // factor, request.width // factor)
         noise = _normal(shape, request.seed, stream=0)
@@ -129,7 +141,10 @@ class VideoPipeline:
             update={"height": request.height, "width": request.width, "num_frames": request.num_frames}
         )
         both = Conditions.of(embedding, micro_conditions(video, batch=2))
-        condition = no_image(noise) if image is None else self._image_condition(image, noise)
+        source = media.read_frames(inputs["video"]) if "video" in inputs else None
+        given = media.read_image(inputs["image"]) if "image" in inputs else None
+        if source is not None:
+            given = source[len(source) - request.given_frames :]
         return DenoiseRow(
             job_id=job_id,
             request=request,
@@ -137,8 +152,10 @@ class VideoPipeline:
             schedule=timestep_schedule(request.num_inference_steps, request.flow_shift),
             conditional=both.rows(slice(0, 1)),
             null=both.rows(slice(1, 2)),
-            image=condition,
+            image=no_image(noise) if given is None else self._image_condition(given, noise),
             sampling=self.recipe.sampling,
+            engine=self.digest,
+            source=source,
         )
 
     @torch.inference_mode()
@@ -169,13 +186,15 @@ class VideoPipeline:
 
     @torch.inference_mode()
     def decode(self, row: DenoiseRow) -> Clip:
-        """Pixels of a finished row."""
-        return to_clips(self.codec.decode(row.latents))[0]
+        """Pixels of a finished row: what it continues, and what was drawn after the given frames."""
+        request = row.request
+        drawn = to_clips(self.codec.decode(row.latents))[0][: request.num_frames - request.surplus_frames]
+        return drawn if row.source is None else np.concatenate([row.source, drawn[request.given_frames :]])
 
-    def _image_condition(self, image: bytes, noise: Tensor) -> ImageCondition:
+    def _image_condition(self, given: Clip, noise: Tensor) -> ImageCondition:
         latents = torch.zeros_like(noise)
-        latents[:, :1] = self.codec.encode(to_frames([media.read_image(image)]))
-        return ImageCondition(latents, first_frames(1, noise.shape[1]), noise)
+        latents[:, : len(given)] = self.codec.encode(to_frames([given]))
+        return ImageCondition(latents, first_frames(1, noise.shape[1], count=len(given)), noise)
 
 
 def _normal(shape: Sequence[int], seed: int, *, stream: int) -> Tensor:

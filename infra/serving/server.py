@@ -6,16 +6,15 @@ It owns how the parts are put together; it knows nothing of what they do.
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import make_url
 from starlette.concurrency import run_in_threadpool
 
 from export.profiles import ShapeProfile
 from infra.serving.http.app import Service, create_app
-from infra.serving.jobs import JobStore
+from infra.serving.jobs.files import JobFiles
+from infra.serving.jobs.store import JobStore
 from infra.serving.limits import ServedModel, ServingLimits
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.settings import ServerSettings
@@ -63,12 +62,9 @@ def _require_fit(max_rows: int, profile: ShapeProfile | None) -> None:
 
 
 def _make_app(settings: ServerSettings, pipeline: VideoPipeline, limits: ServingLimits) -> FastAPI:
-    database = make_url(settings.database_url)
-    if database.get_backend_name() == "sqlite" and database.database:
-        Path(database.database).parent.mkdir(parents=True, exist_ok=True)
-    jobs = JobStore(settings.database_url)
-    store = open_store(settings.store_url)
-    worker = Worker(jobs, pipeline, store, settings)
+    jobs = JobStore(settings.database_url, max_losses=settings.max_losses)
+    files = JobFiles(jobs.database, open_store(settings.store_url))
+    worker = Worker(jobs, pipeline, files, settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
@@ -94,7 +90,7 @@ def _make_app(settings: ServerSettings, pipeline: VideoPipeline, limits: Serving
             count_tokens=pipeline.text_encoder.count_tokens,
         ),
         jobs=jobs,
-        store=store,
+        files=files,
         worker_is_alive=lambda: worker.is_alive,
         on_created=worker.wake,
     )

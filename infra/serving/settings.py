@@ -33,10 +33,16 @@ class ServerSettings(Config):
     """What a refused client is told to wait."""
     lease_s: Seconds = 120.0
     """A job whose worker is not heard of for so long is given to another; longer than the slowest denoise step."""
+    max_losses: Positive = 3
+    """A job that lost so many workers without coming forward is given up: it may be what kills them."""
+    keep_latents_steps: Positive = 10
+    """A running video's latents are kept every so many denoise steps, so that another worker can go on from there."""
     drain_s: Annotated[float, Field(ge=0)] = 25.0
     """How long a stopping worker may go on with running videos before it hands them back."""
     retention_s: Seconds = 24 * 3600.0
     """How long a finished video can be downloaded."""
+    history_s: Seconds = 30 * 24 * 3600.0
+    """How long an ended job is remembered, and its idempotency key with it."""
     progress_every_s: Annotated[float, Field(ge=0)] = 0.5
     """A denoise step can take milliseconds; the database hears of progress this often, and that keeps leases alive."""
     idle_poll_s: Seconds = 0.5
@@ -44,9 +50,14 @@ class ServerSettings(Config):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], **settings: Any) -> Self:
-        """Settings with the secrets of the environment: STIV_API_KEYS, separated by commas."""
+        """Settings with the secrets and the endpoints of the environment.
+
+        STIV_API_KEYS, separated by commas; STIV_DATABASE_URL and STIV_VIDEOS_URL in place of those in `settings`.
+        """
         keys = [key.strip() for key in environment.get("STIV_API_KEYS", "").split(",")]
-        return cls(api_keys=tuple(SecretStr(key) for key in keys if key), **settings)
+        places = {"database_url": "STIV_DATABASE_URL", "store_url": "STIV_VIDEOS_URL"}
+        shared = {name: environment[variable] for name, variable in places.items() if environment.get(variable)}
+        return cls.model_validate({"api_keys": [key for key in keys if key], **settings, **shared})
 
     @model_validator(mode="after")
     def _open_to_the_world_needs_keys(self) -> Self:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.serving import media
-from infra.serving.jobs import Job, JobStore, new_owner
+from infra.serving.jobs.files import JobFiles
+from infra.serving.jobs.owner import new_owner
+from infra.serving.jobs.store import JobStore
+from infra.serving.jobs.table import Beat, Job
 from infra.serving.pipeline import DenoiseRow, Diverged, VideoPipeline
 from infra.serving.scheduler import Scheduler
 from infra.serving.settings import ServerSettings
-from infra.store.artifacts import ArtifactStore
 from model.generation import Clip
 from monitoring import metrics
 from monitoring.logs import bound
@@ -37,10 +39,10 @@ class _Running:
 
 
 class Worker:
-    def __init__(self, jobs: JobStore, pipeline: VideoPipeline, store: ArtifactStore, settings: ServerSettings) -> None:
+    def __init__(self, jobs: JobStore, pipeline: VideoPipeline, files: JobFiles, settings: ServerSettings) -> None:
         self.jobs = jobs
         self.pipeline = pipeline
-        self.store = store
+        self.files = files
         self.settings = settings
         self.owner = new_owner()
         self.scheduler: Scheduler[DenoiseRow] = Scheduler(settings.max_rows)
@@ -123,10 +125,13 @@ class Worker:
                 self._leave(row.job_id)
 
     def _admit(self) -> None:
-        for job in self.jobs.lease(self.owner, self.scheduler.free_rows):
+        if not self.scheduler.free_rows:
+            return
+        waiting = sorted(self.jobs.waiting(self.settings.max_queued), key=lambda job: job.created_at)
+        for job in self.jobs.lease(self.owner, [job.id for job in waiting[: self.scheduler.free_rows]]):
             with self._failing_alone(job.id), metrics.STAGE_SECONDS.labels("encode").time():
-                image = None if job.image_digest is None else self._fetch(job.image_digest)
-                row = self.pipeline.prepare(job.id, job.request, image)
+                inputs = {role: self.files.read(digest) for role, digest in job.inputs.items()}
+                row = self.pipeline.prepare(job.id, job.request, inputs)
                 self._enter(job, row)
 
     def _enter(self, job: Job, row: DenoiseRow) -> None:
@@ -173,7 +178,13 @@ class Worker:
                 frames = self.pipeline.decode(row)
             with metrics.STAGE_SECONDS.labels("store").time():
                 artifacts = self._keep(frames, row.request.fps)
-            if self.jobs.complete(row.job_id, self.owner, artifacts, retention_s=self.settings.retention_s):
+            if self.jobs.complete(
+                row.job_id,
+                self.owner,
+                artifacts,
+                engine=row.engine,
+                retention_s=self.settings.retention_s,
+            ):
                 seconds = time.time() - running.job.created_at
                 metrics.JOBS_TOTAL.labels("completed").inc()
                 metrics.JOB_SECONDS.observe(seconds)
@@ -187,18 +198,12 @@ class Worker:
             media.write_mp4(folder / "video", frames, fps)
             (folder / "thumbnail").write_bytes(media.thumbnail(frames))
             (folder / "spritesheet").write_bytes(media.spritesheet(frames))
-            return {path.name: self.store.put_file(path).digest for path in sorted(folder.iterdir())}
-
-    def _fetch(self, digest: str) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="stiv-image-") as name:
-            path = Path(name) / "image"
-            self.store.fetch_file(digest, path)
-            return path.read_bytes()
+            return {path.name: self.files.keep(path) for path in sorted(folder.iterdir())}
 
     def _tell_progress(self) -> None:
         if self.scheduler.rows and time.monotonic() - self._told_at >= self.settings.progress_every_s:
             self._told_at = time.monotonic()
-            self.jobs.heartbeat(self.owner, {row.job_id: row.progress for row in self.scheduler.rows})
+            self.jobs.heartbeat(self.owner, {row.job_id: Beat(row.progress) for row in self.scheduler.rows})
 
     @contextmanager
     def _failing_alone(self, job_id: str) -> Generator[None, None, None]:

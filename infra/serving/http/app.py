@@ -5,12 +5,10 @@ job row is all that the two share, so any replica answers for any job.
 """
 
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
@@ -37,10 +35,11 @@ from infra.serving.http.schema import (
     VideoPage,
     parse_create,
 )
-from infra.serving.jobs import Job, JobNotFound, JobStore, Order, QueueFull
+from infra.serving.jobs.files import JobFiles
+from infra.serving.jobs.store import JobNotFound, JobStore, QueueFull
+from infra.serving.jobs.table import Job, NewJob, Order
 from infra.serving.limits import ServedModel
 from infra.serving.settings import ServerSettings
-from infra.store.artifacts import ArtifactStore
 from monitoring import metrics
 
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
@@ -57,7 +56,7 @@ class Service:
     settings: ServerSettings
     model: ServedModel
     jobs: JobStore
-    store: ArtifactStore
+    files: JobFiles
     worker_is_alive: Callable[[], bool]
     on_created: Callable[[], None]
     """Called after a job was committed, to wake the worker."""
@@ -151,7 +150,7 @@ def _video_routes(service: Service) -> APIRouter:
     @router.get("/videos/{video_id}/content")
     def download_content(video_id: str, variant: str = "video") -> Response:  # pyright: ignore[reportUnusedFunction]
         job = _find(jobs, video_id)
-        return _download(service.store, job, variant)
+        return _download(service.files, job, variant)
 
     @router.get("/models")
     def list_models() -> ModelList:  # pyright: ignore[reportUnusedFunction]
@@ -221,9 +220,11 @@ def _create(service: Service, body: CreateBody) -> Job:
     frame = None if body.image is None else _conditioning_frame(service, body.image, request.width, request.height)
     try:
         return service.jobs.create(
-            request,
-            model=service.model.name,
-            image_digest=None if frame is None else _keep(service.store, frame),
+            NewJob(
+                request,
+                model=service.model.name,
+                inputs={} if frame is None else {"image": service.files.keep_bytes(frame)},
+            ),
             max_queued=service.settings.max_queued,
         )
     except QueueFull:
@@ -255,13 +256,6 @@ def _conditioning_frame(service: Service, image: bytes, width: int, height: int)
         raise ApiError(400, f"{FILE_FIELD}: {error}", param=FILE_FIELD, code="invalid_image") from None
 
 
-def _keep(store: ArtifactStore, data: bytes) -> str:
-    with tempfile.TemporaryDirectory(prefix="stiv-upload-") as name:
-        path = Path(name) / "image.png"
-        path.write_bytes(data)
-        return store.put_file(path).digest
-
-
 def _find(jobs: JobStore, video_id: str) -> Job:
     try:
         return jobs.get(video_id)
@@ -269,7 +263,7 @@ def _find(jobs: JobStore, video_id: str) -> Job:
         raise ApiError(404, f"no video '{video_id}'", param="video_id", code="video_not_found") from None
 
 
-def _download(store: ArtifactStore, job: Job, variant: str) -> Response:
+def _download(files: JobFiles, job: Job, variant: str) -> Response:
     if variant not in VARIANTS:
         raise ApiError(400, f"variant '{variant}' is unknown; choose one of {', '.join(VARIANTS)}", param="variant")
     if job.state != "completed":
@@ -280,18 +274,10 @@ def _download(store: ArtifactStore, job: Job, variant: str) -> Response:
         )
     if job.expires_at is not None and time.time() > job.expires_at:
         raise ApiError(404, f"the content of video '{job.id}' has expired; create it again", code="video_expired")
-    file = _open_artifact(store, job.artifacts[variant])
+    file = files.open(job.artifacts[variant])
     size = file.seek(0, 2)
     file.seek(0)
     return StreamingResponse(_chunks(file), media_type=MEDIA_TYPES[variant], headers={"content-length": str(size)})
-
-
-def _open_artifact(store: ArtifactStore, digest: str) -> BinaryIO:
-    """The verified artifact as an open file that has no name any more, so that nothing is left behind."""
-    with tempfile.TemporaryDirectory(prefix="stiv-download-") as name:
-        path = Path(name) / "content"
-        store.fetch_file(digest, path)
-        return path.open("rb")
 
 
 def _chunks(file: BinaryIO) -> Generator[bytes, None, None]:
