@@ -19,7 +19,7 @@ from infra.store.artifacts import (
     blob_key,
 )
 from infra.store.location import open_store
-from infra.store.s3 import S3Access
+from infra.store.s3_client import S3Access
 from model.checkpoint.manifest import Entry
 
 FOLDER = "checkpoints/"

@@ -21,7 +21,7 @@ import pytest
 
 from infra.store.artifacts import ArtifactStore
 from infra.store.location import open_store
-from infra.store.s3 import S3Access
+from infra.store.s3_client import S3Access
 
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-key"

@@ -59,7 +59,7 @@ def small_house(tmp_path: Path) -> Path:
         (tmp_path / room / ("catalog.py" if room == "flows" else "__init__.py")).touch()
     (tmp_path / "infra" / "store").mkdir()
     (tmp_path / "infra" / "store" / "__init__.py").touch()
-    (tmp_path / "infra" / "store" / "s3.py").write_text("import boto3\n")
+    (tmp_path / "infra" / "store" / "s3_client.py").write_text("import boto3\n")
     return tmp_path
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from infra.store.artifacts import AlreadyExists, StoreRefused
 from infra.store.location import open_store
-from infra.store.s3 import S3Access
+from infra.store.s3_client import S3Access
 from tests.s3_server import S3Server
 
 

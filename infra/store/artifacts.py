@@ -8,8 +8,9 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -39,6 +40,17 @@ class StoreRefused(ValueError):
     """The place cannot be a store: no bucket, no right to it, or no conditional writes."""
 
 
+class StoreFull(ConnectionError):
+    """There is no space for the write, of which nothing is visible."""
+
+
+class OutcomeUnknown(ConnectionError):
+    """A write was sent, its answer was lost, and others have written since: whether it took place, nobody can say.
+
+    Who made the write looks at what it would have led to before making it again.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Versioned:
     """An object's bytes and the version a swap must name to replace them."""
@@ -53,6 +65,22 @@ class Blob:
 
     digest: str
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file to store, and what it was when its digest was taken."""
+
+    path: Path
+    blob: Blob
+    modified: int
+    """Nanoseconds."""
+
+    def check(self, digest: str | None = None) -> None:
+        """Refuse a file that somebody writes; `digest` is of the bytes that were read, if they were hashed."""
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (self.blob.size, self.modified) or digest not in (None, self.blob.digest):
+            raise ValueError(f"{self.path} changed while it was being stored; store it again once nothing writes to it")
 
 
 def blob_of(path: Path) -> Blob:
@@ -115,8 +143,16 @@ class ArtifactStore(ABC):
     def list(self, prefix: str = "") -> Sequence[str]:
         """Sorted keys that begin with `prefix`."""
 
+    @abstractmethod
+    def clear_unfinished(self, older_than: timedelta) -> int:
+        """Remove what writers that were killed left half written, invisible but not without cost; how many."""
+
     def exists(self, key: str) -> bool:
-        return self._size(check_key(key)) is not None
+        return self.size(key) is not None
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, or None where there is none."""
+        return self._size(check_key(key))
 
     def put_file(self, path: Path, known: Blob | None = None) -> Blob:
         """Store a file under its digest; a blob already there in full length is not sent again.
@@ -128,31 +164,37 @@ class ArtifactStore(ABC):
         if before.st_size != blob.size:
             raise ValueError(f"{path} has {before.st_size} bytes where {blob.size} were written; write it again")
         key = blob_key(blob.digest)
-        if self._size(key) == blob.size:
-            return blob
-        self._upload(key, path)
-        after = path.stat()
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            self._discard(key)
-            raise ValueError(f"{path} changed while it was being stored; store it again once nothing writes to it")
+        if self._size(key) != blob.size:
+            self._upload(key, Source(path, blob, before.st_mtime_ns))
         return blob
 
     def delete(self, key: str) -> None:
         """Remove an object for good; one that is not there is no error. Only for who knows that nobody needs it."""
         self._discard(check_key(key))
 
+    def measure(self, digest: str) -> Blob:
+        """The digest and size of the bytes that are stored as the blob of that digest; equal digests prove it sound."""
+        sha256, size = hashlib.sha256(), 0
+        for piece in self._pieces(blob_key(digest)):
+            sha256.update(piece)
+            size += len(piece)
+        return Blob(sha256.hexdigest(), size)
+
     def fetch_file(self, digest: str, to: Path) -> None:
         """Copy a blob to `to`, which appears only whole and only if the bytes have the digest."""
         key = blob_key(digest)
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary = to.with_name(f".{uuid4().hex}.part")
+        sha256 = hashlib.sha256()
         try:
-            self._download(key, temporary)
-            found = blob_of(temporary).digest
-            if found != digest:
+            with temporary.open("xb") as file:
+                for piece in self._pieces(key):
+                    sha256.update(piece)
+                    file.write(piece)
+            if sha256.hexdigest() != digest:
                 raise ArtifactCorrupt(
-                    f"{self.url}/{key} is corrupt: expected sha256 {digest}, found {found}; delete that object and"
-                    " publish its file again"
+                    f"{self.url}/{key} is corrupt: expected sha256 {digest}, found {sha256.hexdigest()}; delete that"
+                    " object and publish its file again"
                 )
             os.replace(temporary, to)
         finally:
@@ -162,10 +204,12 @@ class ArtifactStore(ABC):
     def _size(self, key: str) -> int | None: ...
 
     @abstractmethod
-    def _upload(self, key: str, path: Path) -> None: ...
+    def _upload(self, key: str, source: Source) -> None:
+        """Store a file where there is nothing, or a blob that was cut short; `source.check` comes before it is seen."""
 
     @abstractmethod
-    def _download(self, key: str, path: Path) -> None: ...
+    def _pieces(self, key: str) -> Iterator[bytes]:
+        """The bytes of an object in order, or `ArtifactNotFound` before the first."""
 
     @abstractmethod
     def _discard(self, key: str) -> None: ...

@@ -4,12 +4,14 @@ It owns how a file system keeps the promise of `infra.store.artifacts`: links, r
 nothing of S3, nor of what is stored.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
-import shutil
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -19,11 +21,16 @@ from infra.store.artifacts import (
     ArtifactNotFound,
     ArtifactStore,
     Conflict,
+    Source,
+    StoreFull,
     StoreRefused,
     Versioned,
     check_key,
     check_prefix,
 )
+
+_PIECE = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class FolderStore(ArtifactStore):
@@ -44,8 +51,7 @@ class FolderStore(ArtifactStore):
         target = self.root / check_key(key)
         version = self._version(key, data)
         try:
-            # A link, unlike a rename, fails when the name is taken.
-            with self._placed(target, os.link) as file:
+            with self._placed(target, _link) as file:
                 file.write(data)
         except (FileExistsError, NotADirectoryError):
             raise AlreadyExists(f"{self.url}/{key} already exists, or is a folder of others") from None
@@ -99,16 +105,30 @@ class FolderStore(ArtifactStore):
         path = self.root / key
         return path.stat().st_size if path.is_file() else None
 
-    def _upload(self, key: str, path: Path) -> None:
-        with path.open("rb") as source, self._placed(self.root / key) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+    def _upload(self, key: str, source: Source) -> None:
+        sha256 = hashlib.sha256()
+        with source.path.open("rb") as original, self._placed(self.root / key) as file:
+            while piece := original.read(_PIECE):
+                sha256.update(piece)
+                file.write(piece)
+            source.check(sha256.hexdigest())
 
-    def _download(self, key: str, path: Path) -> None:
+    def _pieces(self, key: str) -> Iterator[bytes]:
         with self._present(key):
-            shutil.copyfile(self.root / key, path)
+            file = (self.root / key).open("rb")
+        with file:
+            while piece := file.read(_PIECE):
+                yield piece
 
     def _discard(self, key: str) -> None:
         (self.root / key).unlink(missing_ok=True)
+
+    def clear_unfinished(self, older_than: timedelta) -> int:
+        oldest = time.time() - older_than.total_seconds()
+        left = [path for path in self._temporary.iterdir() if path.stat().st_mtime < oldest]
+        for path in left:
+            path.unlink(missing_ok=True)
+        return len(left)
 
     @contextmanager
     def _present(self, key: str) -> Generator[None]:
@@ -129,6 +149,11 @@ class FolderStore(ArtifactStore):
             _make_folder(target.parent)
             place(temporary, target)
             _sync_folder(target.parent)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            key = target.relative_to(self.root)
+            raise StoreFull(f"{self.url}/{key}: {error.strerror}; free some space there, or raise its limit") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -141,6 +166,16 @@ class FolderStore(ArtifactStore):
             yield
         finally:
             os.close(lock)
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Unlike a rename, a link fails when the name is taken."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        # A network file system sends a link again whose answer was lost, and meets the first one.
+        if not os.path.samefile(temporary, target):
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

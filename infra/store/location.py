@@ -8,7 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 from infra.store.artifacts import ArtifactStore
 from infra.store.folder import FolderStore
-from infra.store.s3 import S3Access, S3Store
+from infra.store.s3 import S3Store
+from infra.store.s3_client import S3Access
 
 
 def open_store(url: str, access: S3Access | None = None) -> ArtifactStore:

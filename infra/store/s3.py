@@ -1,224 +1,254 @@
-"""A store in an S3 bucket; the only door to boto3.
+"""A store in an S3 bucket, on any server that honours conditions.
 
-It owns how a server that honours conditions keeps the promise of `infra.store.artifacts`; it knows nothing of what is
-stored.
+It owns how such a server keeps the promise of `infra.store.artifacts`, answers that are lost included; it knows nothing
+of connections, nor of what is stored.
 """
 
+import hashlib
 import logging
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import cast
 from uuid import uuid4
-
-import boto3.session  # pyright: ignore[reportMissingTypeStubs]
-from boto3.exceptions import RetriesExceededError  # pyright: ignore[reportMissingTypeStubs]
-from botocore.config import Config as BotoConfig  # pyright: ignore[reportMissingTypeStubs]
-from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs]
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
 
 from infra.store.artifacts import (
     AlreadyExists,
     ArtifactNotFound,
     ArtifactStore,
     Conflict,
+    OutcomeUnknown,
+    Source,
     StoreRefused,
     Versioned,
     check_key,
     check_prefix,
 )
+from infra.store.s3_client import Answer, Lost, Refused, S3Access, S3Client, pauses, repeated
+from infra.store.s3_parts import PART, checksum, give_up, pieces, sent_in_parts
 
 logger = logging.getLogger(__name__)
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PROBE = ".probe"
-_RACE_ATTEMPTS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class S3Access:
-    """Where the server is and who asks; what is None comes from boto3's own sources (environment, profile, role)."""
-
-    endpoint: str | None = None
-    access_key: str | None = None
-    secret_key: str | None = field(default=None, repr=False)
-    region: str | None = None
-
-
-class _S3Client(Protocol):
-    """The part of boto3's client that is used here."""
-
-    def list_objects_v2(self, *, Bucket: str, MaxKeys: int) -> object: ...
-    def put_object(self, *, Bucket: str, Key: str, Body: bytes, **condition: Any) -> Mapping[str, str]: ...
-    def get_object(self, *, Bucket: str, Key: str) -> Mapping[str, Any]: ...
-    def head_object(self, *, Bucket: str, Key: str) -> Mapping[str, Any]: ...
-    def delete_object(self, *, Bucket: str, Key: str) -> object: ...
-    def upload_fileobj(self, Fileobj: BinaryIO, Bucket: str, Key: str) -> None: ...
-    def download_file(self, Bucket: str, Key: str, Filename: str) -> None: ...
-    def get_paginator(self, operation_name: str) -> Any: ...
+_IMPATIENT = 3
+"""Attempts of the first question: a mistyped endpoint shall not take as long as a server that starts again."""
+_UPLOADS = 5
+"""Times a blob is sent before rivals or a server that drops it are too many."""
 
 
 class S3Store(ArtifactStore):
-    """A store under a prefix of a bucket, on any server that honours If-None-Match and If-Match."""
+    """A store under a prefix of a bucket, on any server that honours If-None-Match and If-Match.
+
+    Every write carries a name of its own in the object's metadata (`writer`), and what it was to replace (`replaces`).
+    Whatever the server answers, and if it does not, what stands there then says whose write took place.
+    """
 
     def __init__(self, bucket: str, prefix: str = "", access: S3Access | None = None) -> None:
         if not _BUCKET.fullmatch(bucket):
             raise ValueError(f"{bucket!r} is not a bucket name: 3 to 63 of a-z, 0-9, '.' and '-'")
-        self._bucket = bucket
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
-        self._client = _connect(access or S3Access())
-        self._bulk = _connect(access or S3Access(), unsigned=True)
+        self._client = S3Client(bucket, self.url, access or S3Access())
+        # Asked first because some servers make a missing bucket on the first write, a typing error included.
+        with self._client.explained(""):
+            repeated(lambda: self._client.once("list_objects_v2", MaxKeys=1), _IMPATIENT)
         self._probe()
 
     def create(self, key: str, data: bytes) -> str:
-        version = self._put(check_key(key), data, IfNoneMatch="*")
+        version, _ = self._put(check_key(key), data, None)
         if version is None:
             raise AlreadyExists(f"{self.url}/{key} already exists, or is a folder of others")
         return version
 
     def read(self, key: str) -> Versioned:
-        with self._explained(check_key(key)):
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
-            return Versioned(answer["Body"].read(), answer["ETag"])
+        with self._client.explained(check_key(key)):
+            data, answer = repeated(lambda: self._client.once_with_body(Key=self._prefix + key))
+            return Versioned(data, answer["ETag"])
 
     def swap(self, key: str, data: bytes, expected: str) -> str:
-        version = self._put(check_key(key), data, IfMatch=expected)
+        version, standing = self._put(check_key(key), data, expected)
+        if version is None and standing is None:
+            raise ArtifactNotFound(f"{self.url}/{key}: no such object")
         if version is None:
-            found = self._head(key)
-            if found is None:
-                raise ArtifactNotFound(f"{self.url}/{key}: no such object")
-            raise Conflict(f"{self.url}/{key} is at version {found['ETag']}, not {expected}: read it again")
+            raise Conflict(f"{self.url}/{key} is at version {standing}, not {expected}: read it again")
         return version
 
     def list(self, prefix: str = "") -> Sequence[str]:
         full = self._prefix + check_prefix(prefix)
-        with self._explained(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=full)
-            keys = [cast(str, item["Key"]) for page in pages for item in page.get("Contents", [])]
+        pages = self._client.pages(prefix, "list_objects_v2", Prefix=full)
+        keys = [cast(str, item["Key"]) for page in pages for item in page.get("Contents", [])]
         names = [key.removeprefix(self._prefix) for key in keys]
         return sorted(name for name in names if not name.startswith("."))
 
+    def clear_unfinished(self, older_than: timedelta) -> int:
+        oldest = datetime.now(UTC) - older_than
+        pages = self._client.pages("", "list_multipart_uploads", Prefix=self._prefix)
+        left = [upload for page in pages for upload in page.get("Uploads", []) if upload["Initiated"] < oldest]
+        for upload in left:
+            with suppress(ArtifactNotFound):
+                self._client.asked("", "abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+        return len(left)
+
     def _probe(self) -> None:
         """Refuse a server that ignores conditions: two promotions could both win on it, unseen."""
-        with self._explained(""):
-            # Asked first because some servers make a missing bucket on the first write, a typing error included.
-            self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
-        # The object stays, so an honest server answers the first of these in a later session already.
-        ignored = self._put(_PROBE, b"1", IfNoneMatch="*") and self._put(_PROBE, b"2", IfNoneMatch="*")
-        if ignored or self._put(_PROBE, b"3", IfMatch='"0"'):
-            raise StoreRefused(
-                f"{self.url}: the server ignores {'If-None-Match' if ignored else 'If-Match'} on writes, so two"
-                " promotions could both win; use AWS S3, MinIO, SeaweedFS or a folder"
-            )
+        probe = {"Key": self._prefix + _PROBE}
+        self._holds_to(_condition(None), "put_object", **probe, Body=b"1")  # stays: later sessions find it there
+        for condition in (_condition(None), _condition('"0"')):
+            if not self._holds_to(condition, "put_object", **probe, Body=b"2"):
+                raise StoreRefused(
+                    f"{self.url}: the server ignores {_HEADER[next(iter(condition))]} on writes, so two promotions"
+                    " could both win; use AWS S3, MinIO, SeaweedFS or a folder"
+                )
+        upload = {**probe, "UploadId": self._client.asked("", "create_multipart_upload", **probe)["UploadId"]}
+        part = self._client.asked("", "upload_part", **upload, PartNumber=1, Body=b"3")
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        if self._holds_to(_condition(None), "complete_multipart_upload", **upload, MultipartUpload=parts):
+            give_up(self._client, **upload)
+        else:
+            logger.warning("%s completes uploads whatever stands there; blobs may be written twice", self.url)
 
-    def _put(self, key: str, data: bytes, **condition: str) -> str | None:
-        """The version written, or None where the condition did not hold."""
+    def _holds_to(self, condition: Mapping[str, str], operation: str, **arguments: object) -> bool:
+        """Whether the server refuses a write for its condition."""
+        with self._client.explained(""):
+            try:
+                repeated(lambda: self._client.once(operation, **arguments, **condition))
+            except Refused as error:
+                if error.status in (404, 412) and error.code != "NoSuchBucket":
+                    return True
+                raise
+        return False
+
+    def _put(self, key: str, data: bytes, expected: str | None) -> tuple[str | None, str | None]:
+        """Write over the version `expected`, or over nothing: what `_settled` says."""
         writer = uuid4().hex
-        place = {"Bucket": self._bucket, "Key": self._prefix + key}
-        for attempt in range(_RACE_ATTEMPTS):
-            with self._explained(key):
-                try:
-                    return self._client.put_object(**place, Body=data, Metadata={"writer": writer}, **condition)["ETag"]
-                except ClientError as error:
-                    status, code = _verdict(error)
-                    if status not in (404, 409, 412) or code == "NoSuchBucket":
-                        raise
-                if status != 409:
-                    # boto3 sends again when an answer is lost, and then the condition fails on our own write.
-                    found = self._head(key)
-                    return found["ETag"] if found and found["Metadata"].get("writer") == writer else None
-            logger.info("another write of %s is in progress, attempt %d of %d", key, attempt + 1, _RACE_ATTEMPTS)
-            time.sleep(0.05 * 2**attempt)
-        raise Conflict(
-            f"{self.url}/{key}: other writes were in progress at each of {_RACE_ATTEMPTS} attempts; try again"
-        )
+        place = {
+            "Key": self._prefix + key,
+            "Metadata": {"writer": writer, "replaces": _told(expected)},
+            "ChecksumSHA256": checksum(data),
+            **_condition(expected),
+        }
+        return self._settled(key, writer, expected, lambda: self._client.once("put_object", Body=data, **place))
 
-    def _head(self, key: str) -> Mapping[str, Any] | None:
+    def _settled(
+        self, key: str, writer: str, expected: str | None, send: Callable[[], Answer]
+    ) -> tuple[str | None, str | None]:
+        """Send a write until it took place or never can: the version written or None, and the version that stands.
+
+        What stands there is looked at before anything is sent again, whatever the answer was and if there was none.
+        """
+        unknown = False
+        problem: Lost | Refused | None = None
+        for pause in (*pauses(), 0.0):
+            version, problem = self._tried(key, send)
+            if version:
+                return version, version
+            unknown |= isinstance(problem, Lost) and problem.sent
+            found = self._looked_at(key, unknown)
+            standing: str | None = found["ETag"] if found else None
+            told: Mapping[str, str] = found["Metadata"] if found else {}
+            if told.get("writer") == writer:
+                return standing, standing
+            if standing != expected:
+                # Who replaced the very version we meant to replace has shut us out; else we may have been in between.
+                if unknown and told.get("replaces") != _told(expected):
+                    raise OutcomeUnknown(
+                        f"{self.url}/{key}: the answer to a write was lost, and others have written since; look what"
+                        " stands there before you write again"
+                    )
+                return None, standing
+            if isinstance(problem, Refused) and problem.code == "NoSuchUpload":
+                raise problem
+            logger.info("writing %s/%s again in %.1f s: %s", self.url, key, pause, problem)
+            time.sleep(pause)
+        if unknown:
+            raise OutcomeUnknown(f"{self.url}/{key}: no answer to a write ({problem}); look later if it took place")
+        if isinstance(problem, Lost):
+            raise ConnectionError(f"{self.url}/{key}: {problem}; check the endpoint and the network")
+        raise Conflict(f"{self.url}/{key}: other writes were in progress at every attempt ({problem}); try again")
+
+    def _tried(self, key: str, send: Callable[[], Answer]) -> tuple[str | None, Lost | Refused | None]:
+        """The version written, or what kept it from being written as far as one can tell."""
+        with self._client.explained(key):
+            try:
+                return send()["ETag"], None
+            except Lost as error:
+                return None, error
+            except Refused as error:
+                if error.status not in (404, 409, 412) or error.code == "NoSuchBucket":
+                    raise
+                return None, error
+
+    def _looked_at(self, key: str, unknown: bool) -> Answer | None:
         try:
-            with self._explained(key):
-                return self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
-        except ArtifactNotFound:
-            return None
+            return self._head(key)
+        except ConnectionError as error:
+            if unknown:
+                raise OutcomeUnknown(f"{error}; a write was sent before, look later whether it took place") from error
+            raise
+
+    def _upload(self, key: str, source: Source) -> None:
+        """A blob's name is its content, so a rival's blob is as good as ours; one that was cut short is replaced."""
+        problem: Exception | None = None
+        for pause in (*pauses(_UPLOADS), 0.0):
+            found = self._head(key)
+            if found and found["ContentLength"] == source.blob.size:
+                return
+            send = self._upload_whole if source.blob.size <= PART else self._upload_parts
+            try:
+                if send(key, source, found["ETag"] if found else None):
+                    return
+            except (Conflict, OutcomeUnknown, Refused) as error:
+                problem = error
+                logger.info("sending %s/%s again in %.1f s: %s", self.url, key, pause, problem)
+                time.sleep(pause)
+        raise ConnectionError(f"{self.url}/{key}: sent {_UPLOADS} times and not there ({problem}); try again later")
+
+    def _upload_whole(self, key: str, source: Source, expected: str | None) -> bool:
+        data = source.path.read_bytes()
+        source.check(hashlib.sha256(data).hexdigest())
+        version, _ = self._put(key, data, expected)
+        return version is not None
+
+    def _upload_parts(self, key: str, source: Source, expected: str | None) -> bool:
+        writer = uuid4().hex
+        with sent_in_parts(self._client, self._prefix + key, source.path, writer) as upload:
+            source.check()
+            arguments = {**upload, **_condition(expected)}
+            version, _ = self._settled(
+                key, writer, expected, lambda: self._client.once("complete_multipart_upload", **arguments)
+            )
+            if version is None:
+                give_up(self._client, Key=upload["Key"], UploadId=upload["UploadId"])
+        return version is not None
+
+    def _pieces(self, key: str) -> Iterator[bytes]:
+        return pieces(self._client, self._prefix + key, key)
 
     def _size(self, key: str) -> int | None:
         found = self._head(key)
         return found["ContentLength"] if found else None
 
-    def _upload(self, key: str, path: Path) -> None:
-        with self._explained(key), path.open("rb") as file:
-            self._bulk.upload_fileobj(file, self._bucket, self._prefix + key)
-
-    def _download(self, key: str, path: Path) -> None:
-        with self._explained(key):
-            self._client.download_file(self._bucket, self._prefix + key, str(path))
+    def _head(self, key: str) -> Answer | None:
+        try:
+            return self._client.asked(key, "head_object", Key=self._prefix + key)
+        except ArtifactNotFound:
+            return None
 
     def _discard(self, key: str) -> None:
-        with self._explained(key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
-
-    @contextmanager
-    def _explained(self, key: str) -> Generator[None]:
-        """Say what went wrong in words of ours; boto3 has retried by then what is worth it."""
-        try:
-            yield
-        except ClientError as error:
-            status, code = _verdict(error)
-            if code == "NoSuchBucket":
-                raise StoreRefused(
-                    f"{self.url}: there is no bucket '{self._bucket}'; create it or correct it"
-                ) from error
-            if status == 404:
-                raise ArtifactNotFound(f"{self.url}/{key}: no such object") from error
-            if status in (401, 403):
-                raise StoreRefused(
-                    f"{self.url}/{key}: the server refused the credentials ({code}); check AWS_ACCESS_KEY_ID,"
-                    " AWS_SECRET_ACCESS_KEY and the rights on the bucket"
-                ) from error
-            if status < 500 or status == 501:
-                raise StoreRefused(f"{self.url}/{key}: the server refused the request: {error}") from error
-            raise ConnectionError(
-                f"{self.url}/{key}: the server failed with {status} {code}; try again later"
-            ) from error
-        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
-            raise StoreRefused(
-                f"{self.url}: no credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            ) from error
-        except (BotoCoreError, RetriesExceededError) as error:
-            raise ConnectionError(f"{self.url}/{key}: {error}; check the endpoint and the network") from error
+        self._client.asked(key, "delete_object", Key=self._prefix + key)
 
 
-def _connect(access: S3Access, *, unsigned: bool = False) -> _S3Client:
-    """`unsigned` leaves payloads out of the signature, as TLS does by itself: a blob's name is its digest already."""
-    # A session of its own: boto3's default one is not safe across threads.
-    session = boto3.session.Session()
-    client: object = session.client(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        "s3",
-        endpoint_url=access.endpoint,
-        aws_access_key_id=access.access_key,
-        aws_secret_access_key=access.secret_key,
-        region_name=access.region,
-        config=BotoConfig(
-            signature_version="s3v4",
-            s3={"payload_signing_enabled": False} if unsigned else None,
-            retries={"mode": "standard", "total_max_attempts": 4},
-            connect_timeout=5,
-            read_timeout=60,
-            # Digests are checked here, and some servers answer a range with the whole object's checksum.
-            response_checksum_validation="when_required",
-        ),
-    )
-    return cast(_S3Client, client)
+_HEADER = {"IfNoneMatch": "If-None-Match", "IfMatch": "If-Match"}
 
 
-def _verdict(error: ClientError) -> tuple[int, str]:
-    answer = cast(dict[str, Any], error.response)
-    return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"]
+def _condition(expected: str | None) -> dict[str, str]:
+    """What makes a write replace only that version, or nothing."""
+    return {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+
+
+def _told(expected: str | None) -> str:
+    """That, for the object's metadata."""
+    return "nothing" if expected is None else expected.strip('"')
