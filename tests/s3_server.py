@@ -44,24 +44,54 @@ class S3Server:
         return f"s3://{self.bucket}/{uuid4().hex}"
 
 
-@contextmanager
-def running_server(folder: Path) -> Generator[S3Server]:
-    """SeaweedFS on free loopback ports, killed at the end (a polite stop would take it ten seconds)."""
-    ports = free_ports(8)
-    server = S3Server(f"http://127.0.0.1:{ports[0]}")
-    log = folder / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(weed_command(folder, ports), stdout=output, stderr=subprocess.STDOUT, cwd=folder)
-    try:
-        wait_until_it_answers(process, server.endpoint, log)
-        make_bucket(server)
-        yield server
-    finally:
-        process.kill()
-        process.wait()
-        for port in ports:  # killed, it leaves its sockets behind, and puts them here whatever TMPDIR says
+class ServerProcess:
+    """SeaweedFS on one folder and on ports of its own: killed and started again, it has what it had."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = free_ports(8)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.server = S3Server(f"http://127.0.0.1:{self._ports[0]}")
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        log = self._folder / "weed.log"
+        with log.open("ab") as output:
+            command = weed_command(self._folder, self._ports)
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=self._folder)
+        wait_until_it_answers(self._process, self.server.endpoint, log)
+
+    def kill(self) -> None:
+        """SIGKILL: a polite stop would take it ten seconds."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        for port in self._ports:  # killed, it leaves its sockets behind, and puts them here whatever TMPDIR says
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+
+@contextmanager
+def running_process(folder: Path) -> Generator[ServerProcess]:
+    """A server one may kill and start again, its bucket made, gone at the end."""
+    process = ServerProcess(folder)
+    try:
+        process.start()
+        make_bucket(process.server)
+        yield process
+    finally:
+        process.kill()
+
+
+@contextmanager
+def running_server(folder: Path) -> Generator[S3Server]:
+    """SeaweedFS on free loopback ports."""
+    with running_process(folder) as process:
+        yield process.server
 
 
 def weed_command(folder: Path, ports: Sequence[int]) -> list[str]:
