@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from infra.registry.layout import EVALUATION
 from infra.registry.names import CODEC, DATASET
 from infra.registry.records import Manifest
 from infra.registry.registry import Registry
@@ -21,7 +22,7 @@ from model.checkpoint import folder as checkpoint
 from model.data.shards import ShardSet
 from model.pretrained import RECIPE, SUMS, Pretrained, checksums, load_pretrained, save_pretrained
 from model.recipe import dumps, loads_stage
-from model.training.evaluate import evaluate, make_generator
+from model.training.evaluate import Evaluation, evaluate, make_generator
 from model.vae import HEADER, load_codec
 
 ORIGIN = f"imported/{SUMS}"
@@ -79,7 +80,9 @@ def import_pretrained(registry: Registry, folder: Path, work: Path, *, measured:
     if measured:
         dataset = registry.resolve(DATASET)
         parents["dataset"] = dataset.digest
-        figures |= _measure(held, registry.fetch(dataset, work / "inputs" / dataset.digest[:16]), work / "evaluation")
+        done = _measure(held, registry.fetch(dataset, work / "inputs" / dataset.digest[:16]), work / "evaluation")
+        figures |= done.metrics
+        files |= {EVALUATION + path.name: path for path in done.files}
     codec, promoted = _codec(registry, held, work)
     parents["codec"] = codec.digest
     manifest = registry.publish(
@@ -89,9 +92,9 @@ def import_pretrained(registry: Registry, folder: Path, work: Path, *, measured:
     return Imported(manifest, origin, codec, promoted)
 
 
-def _measure(held: Pretrained, dataset: Path, folder: Path) -> dict[str, float]:
+def _measure(held: Pretrained, dataset: Path, folder: Path) -> Evaluation:
     generator = make_generator(held.recipe, held.network, held.codec)
-    return dict(evaluate(generator, ShardSet(dataset / "heldout"), folder).metrics)
+    return evaluate(generator, ShardSet(dataset / "heldout"), folder)
 
 
 def _codec(registry: Registry, held: Pretrained, work: Path) -> tuple[Manifest, bool]:

@@ -42,10 +42,16 @@ def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def masked_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean over clips of each one's mean squared error over the elements that count.
+    """Mean over clips of `masked_losses`.
 
     A clip weighs the same however many of its frames were given, so the gradient of a global batch does not depend on
     how ranks and micro-batches cut it.
+    """
+    return masked_losses(velocity, target, weight).mean()
+
+
+def masked_losses(velocity: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Each clip's mean squared error over the elements that count, [B].
 
     Args:
         velocity: prediction [B, T, C, H, W]; target: the same shape.
@@ -54,7 +60,7 @@ def masked_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """
     weight = weight.expand_as(target)
     error = ((velocity - target).square() * weight).flatten(1).sum(1)
-    return (error / weight.flatten(1).sum(1).clamp_min(1.0)).mean()
+    return error / weight.flatten(1).sum(1).clamp_min(1.0)
 
 
 def loss_weight(

@@ -24,6 +24,7 @@ from model.data.shard_writer import ShardWriter
 from model.data.shards import Sample, ShardSet
 from model.generation import ClipGenerator, to_frames
 from model.measures.networks import OnnxNetwork
+from model.measures.samples import SampleFigures
 from model.network.stiv import STIV
 from model.recipe import StageRecipe, dumps
 from model.text import load_text_encoder
@@ -124,12 +125,18 @@ def test_the_heldout_loss_is_the_mean_of_its_times(shapes: ShardSet, tmp_path: P
 def test_every_task_is_measured_on_the_frames_it_was_not_given(shapes: ShardSet, tmp_path: Path, task: str) -> None:
     tree = recipe_of("t2v", evaluation={"sample_prompts": 4}).model_dump()
     recipe = StageRecipe.model_validate({**tree, "task": task})
-    right = evaluate(oracle(recipe, shapes), shapes, tmp_path / "right").metrics
+    found = evaluate(oracle(recipe, shapes), shapes, tmp_path / "right")
+    right = found.metrics
     wrong = evaluate(oracle(recipe, shapes, lambda latents: latents.flip(1)), shapes, tmp_path / "wrong").metrics
     assert right[f"{task}_psnr_db"] > 30 and right[f"{task}_direction_accuracy"] == 1.0
     assert wrong[f"{task}_psnr_db"] < 25
     assert wrong[f"{task}_first_frame_psnr_db"] == right[f"{task}_first_frame_psnr_db"] > 30, "it was given"
-    assert {path.name for path in (tmp_path / "right").iterdir()} == {"samples.png", f"{task}.webp"}
+    assert {path.name for path in (tmp_path / "right").iterdir()} == {"samples.json", "samples.png", f"{task}.webp"}
+    by_sample = SampleFigures.loads(found.samples.read_bytes())
+    means = {name: sum(each.values()) / len(each) for name, each in by_sample.figures.items()}
+    assert means == {name: right[name] for name in means} and f"{task}_psnr_db" in means
+    assert len(by_sample.figures["heldout_loss"]) == recipe.evaluation.heldout_clips
+    assert by_sample.conditions["video"] == f"{recipe.video.num_frames}x{recipe.video.height}x{recipe.video.width}@8"
 
 
 def test_an_image_stage_is_measured_without_motion(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.latents import require_current
 from infra.launch.local import StageLaunch
@@ -24,6 +25,9 @@ from model.training.run import ProgressLine, RunFolders, read_progress
 from model.vae import WEIGHTS as CODEC_WEIGHTS
 from monitoring import metrics as measured
 from monitoring.goodput import Booked, booking, read
+
+if TYPE_CHECKING:
+    from model.training.evaluate import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +88,19 @@ def run_stage(
     trained = checkpoint.latest(folders.checkpoints)
     assert trained is not None, "a finished run has a checkpoint"
     with booking(folders.goodput, "evaluation"):
-        found, grid, animations = _evaluate(recipe, folders, trained)
+        evaluation = _evaluate(recipe, folders, trained)
     seconds["evaluate"] = time.monotonic() - clock
 
     clock = time.monotonic()
     files = {path.name: path for path in sorted(trained.iterdir())}
-    files |= {EVALUATION + path.name: path for path in (grid, *animations.values())}
+    files |= {EVALUATION + path.name: path for path in evaluation.files}
     manifest = registry.publish(
-        "checkpoint", files, rules=recipe.gate, recipe=json.loads(dumps(recipe)), metrics=found, parents=parents
+        "checkpoint",
+        files,
+        rules=recipe.gate,
+        recipe=json.loads(dumps(recipe)),
+        metrics=evaluation.metrics,
+        parents=parents,
     )
     try:
         moved = registry.promote(promoted(recipe.name), manifest.digest, who=who, why=f"stage {recipe.name} trained")
@@ -102,7 +111,8 @@ def run_stage(
     seconds["promote"] = time.monotonic() - clock
     logger.info("promoted %s to %s", manifest.digest, promoted(recipe.name))
     progress, booked = tuple(read_progress(folders.progress)), read(folders.goodput)
-    return StageOutcome(manifest, moved.gate, progress, grid, animations, seconds, booked)
+    animations = dict(evaluation.clips)
+    return StageOutcome(manifest, moved.gate, progress, evaluation.grid, animations, seconds, booked)
 
 
 def fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
@@ -149,9 +159,7 @@ def _train(launch: StageLaunch, on_progress: OnProgress) -> None:
         raise StageStopped(f"the ranks in {folders.run} were stopped after a checkpoint; run the stage again to resume")
 
 
-def _evaluate(
-    recipe: StageRecipe, folders: RunFolders, trained: Path
-) -> tuple[dict[str, float], Path, dict[str, Path]]:
+def _evaluate(recipe: StageRecipe, folders: RunFolders, trained: Path) -> "Evaluation":
     """The checkpoint as a later stage or an export will see it: read back from its files, digests verified."""
     from model.data.shards import ShardSet
     from model.training.evaluate import evaluate, load_network, make_generator
@@ -160,4 +168,4 @@ def _evaluate(
     generator = make_generator(recipe, network, folders.codec)
     evaluation = evaluate(generator, ShardSet(folders.data / "heldout"), folders.run / "evaluation")
     facts = {"checkpoint_loads": 1.0, "parameters": float(sum(p.numel() for p in network.parameters()))}
-    return {**facts, **evaluation.metrics}, evaluation.grid, dict(evaluation.clips)
+    return replace(evaluation, metrics={**facts, **evaluation.metrics})

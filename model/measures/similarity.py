@@ -4,7 +4,6 @@ It owns the arithmetic on pixels; it knows nothing of which clip was meant to be
 """
 
 import math
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,11 +40,6 @@ def ssim(clip: Frames, reference: Frames) -> float:
     light = (2 * mean_one * mean_other + small) / (mean_one**2 + mean_other**2 + small)
     structure = (2 * covariance + smaller) / (variance_one + variance_other + smaller)
     return float((light * structure).mean())
-
-
-def mean_distance(distance: Callable[[Frames, Frames], Tensor], pairs: Sequence[tuple[Frames, Frames]]) -> float:
-    """Mean over the frames of all pairs of a distance between two clips, [T, H, W, 3] twice -> [T], such as LPIPS."""
-    return float(torch.cat([distance(*pair) for pair in pairs]).mean())
 
 
 def _require_same(clip: Frames, reference: Frames) -> None:

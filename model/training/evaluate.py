@@ -3,8 +3,10 @@
 It owns the measures that a gate reads; it knows nothing of gates, stores or how the weights came to be.
 """
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -22,13 +24,14 @@ from model.data.loader import ClipLoader
 from model.data.moving_shapes import ShapeSpec
 from model.data.shards import Sample, ShardSet
 from model.diffusion import flow_velocity
-from model.flow_matching import interpolate, loss_weight, masked_loss, velocity_target
+from model.flow_matching import interpolate, loss_weight, masked_losses, velocity_target
 from model.generation import Clip, ClipGenerator, to_frames
 from model.measures import motion
 from model.measures.features import PixelMotionFeatures
 from model.measures.frechet import frechet_distance, inception_score
 from model.measures.networks import OnnxNetwork
-from model.measures.similarity import WINDOW, mean_distance, psnr, ssim
+from model.measures.samples import SAMPLES, SampleFigures
+from model.measures.similarity import WINDOW, psnr, ssim
 from model.network.stiv import STIV
 from model.recipe import StageRecipe
 from model.text import load_text_encoder
@@ -53,12 +56,20 @@ class Evaluation:
     grid: Path
     clips: Mapping[str, Path]
     """Task -> animated picture of the first samples."""
+    samples: Path
+    """`samples.json`: the figures sample by sample."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that was written."""
+        return (self.samples, self.grid, *self.clips.values())
 
 
 @dataclass(slots=True, frozen=True)
 class Heldout:
     """Held-out clips of one shape, as a task takes them."""
 
+    keys: list[str]
     clips: list[Clip]
     captions: list[str]
     specs: list[ShapeSpec]
@@ -81,23 +92,27 @@ def evaluate(
     """
     recipe = generator.recipe
     folder.mkdir(parents=True, exist_ok=True)
-    losses = heldout_losses(generator, heldout)
-    metrics = {"heldout_loss": sum(losses) / len(losses)}
-    metrics |= {f"heldout_loss_t{index}": loss for index, loss in enumerate(losses)}
+    by_sample = heldout_losses(generator, heldout)
+    metrics = {name: _mean(losses.values()) for name, losses in by_sample.items()}
     samples = _samples(heldout, recipe, count or recipe.evaluation.sample_prompts)
     strips: list[tuple[str, list[Clip]]] = []
     clips: dict[str, Path] = {}
     for task in tasks.evaluated(recipe):
         wanted = _cut(samples, recipe, task)
         drawn = _drawn(generator, task, wanted)
-        metrics |= {f"{task}_{name}": value for name, value in _figures(recipe, task, drawn, wanted, networks).items()}
+        for name, values in _by_clip(recipe, task, drawn, wanted, networks).items():
+            by_sample[f"{task}_{name}"] = dict(zip(wanted.keys, values, strict=True))
+            metrics[f"{task}_{name}"] = _mean(values)
+        metrics |= {f"{task}_{name}": value for name, value in _figures(recipe, drawn, wanted, networks).items()}
         strips.append((task, drawn))
         clips[task] = folder / f"{task}.webp"
         animate(drawn[:ANIMATED], clips[task], fps=recipe.video.fps)
     grid = folder / "samples.png"
     sample_grid(strips, [_caption(recipe, sample) for sample in samples], grid)
     metrics["sample_grid_written"] = float(grid.stat().st_size > 0)
-    return Evaluation(metrics, grid, clips)
+    figures = folder / SAMPLES
+    SampleFigures(conditions=_conditions(generator, heldout), figures=by_sample).write(figures)
+    return Evaluation(metrics, grid, clips, figures)
 
 
 def load_network(recipe: StageRecipe, trained: Path) -> STIV:
@@ -136,10 +151,11 @@ def make_generator(recipe: StageRecipe, network: STIV, codec: Path) -> ClipGener
 
 
 @torch.no_grad()
-def heldout_losses(generator: ClipGenerator, heldout: ShardSet) -> list[float]:
-    """Flow-matching loss on held-out clips at each of `TIMES` times; the stage's own frames stay clean.
+def heldout_losses(generator: ClipGenerator, heldout: ShardSet) -> dict[str, dict[str, float]]:
+    """Flow-matching loss by sample: `heldout_loss_t0` and on at each of `TIMES` times, `heldout_loss` over all of them.
 
-    The loss is the flow's whatever the stage learns, and of the frames that are not given, so that recipes compare.
+    The stage's own frames stay clean. The loss is the flow's whatever the stage learns, and of the frames that are not
+    given, so that recipes compare.
     """
     recipe = generator.recipe
     loader = ClipLoader(
@@ -164,15 +180,18 @@ def heldout_losses(generator: ClipGenerator, heldout: ShardSet) -> list[float]:
     conditions = Conditions.of(generator.text.encode(texts), batch.micro)
     if recipe.network.image_cross_attention != "off":
         conditions = conditions.with_image(latents[:, 0], frame_mask[:, 0])
-    losses: list[float] = []
+    keys = _unique(batch.keys)
+    losses: list[Tensor] = []
     for index in range(TIMES):
         t = torch.full((rows,), (index + 0.5) / TIMES)
         noisy = interpolate(latents, noise, t)
         if recipe.conditioning.frame_replacement:
             noisy = replace_frames(noisy, latents, frame_mask)
         velocity = generator.velocity(noisy, t, conditions)
-        losses.append(float(masked_loss(velocity, velocity_target(latents, noise), weight)))
-    return losses
+        losses.append(masked_losses(velocity, velocity_target(latents, noise), weight).double())
+    named = {"heldout_loss": torch.stack(losses).mean(0)}
+    named |= {f"heldout_loss_t{index}": loss for index, loss in enumerate(losses)}
+    return {name: dict(zip(keys, map(float, values), strict=True)) for name, values in named.items()}
 
 
 def _samples(heldout: ShardSet, recipe: StageRecipe, count: int) -> list[Sample]:
@@ -197,6 +216,7 @@ def _places(recipe: StageRecipe, task: Task) -> tuple[int, ...]:
 def _cut(samples: Sequence[Sample], recipe: StageRecipe, task: Task) -> Heldout:
     shapes = all(sample.source == SHAPES for sample in samples)
     return Heldout(
+        keys=[sample.key for sample in samples],
         clips=[middle_cut(sample, recipe.video, _places(recipe, task)).clip for sample in samples],
         captions=[_caption(recipe, sample) for sample in samples],
         specs=[_spec(sample) for sample in samples] if shapes else [],
@@ -213,19 +233,19 @@ def _drawn(generator: ClipGenerator, task: Task, wanted: Heldout) -> list[Clip]:
 
 
 def _figures(
-    recipe: StageRecipe, task: Task, drawn: list[Clip], wanted: Heldout, networks: Sequence[OnnxNetwork]
+    recipe: StageRecipe, drawn: list[Clip], wanted: Heldout, networks: Sequence[OnnxNetwork]
 ) -> dict[str, float]:
-    """Every figure of one task, by name without the task."""
+    """The figures that clips have together only, by name without the task."""
     figures: dict[str, float] = {}
     if wanted.specs:
-        figures |= _checked(drawn, wanted)
+        error = speed_error([observe(clip) for clip in drawn], [observe(clip).travel for clip in wanted.clips])
+        figures |= {} if math.isnan(error) else {"speed_error": error}
     if motion.has_pairs(recipe.video.num_frames, recipe.video.fps):
         degree, flow = motion.degree_and_flow(drawn, fps=recipe.video.fps)
         figures |= {"dynamic_degree": degree, "mean_flow": flow}
     if len(drawn) > 1:
         extract = PixelMotionFeatures()
         figures[f"frechet_{extract.name}"] = frechet_distance(extract(drawn), extract(wanted.clips))
-    figures |= _nearness(recipe, task, drawn, wanted, networks)
     for network in networks:
         if network.card.measure in ("fvd", "fid"):
             distance = frechet_distance(network(drawn), network(wanted.clips))
@@ -236,36 +256,74 @@ def _figures(
     return figures
 
 
-def _checked(drawn: list[Clip], wanted: Heldout) -> dict[str, float]:
-    """What the checker of moving shapes says."""
-    seen = [observe(clip) for clip in drawn]
-    figures = {f"{name}_accuracy": value for name, value in asdict(accuracy(seen, wanted.specs)).items()}
-    if drawn[0].shape[0] == 1:
-        del figures["direction_accuracy"], figures["joint_accuracy"]
-    error = speed_error(seen, [observe(clip).travel for clip in wanted.clips])
-    return figures if math.isnan(error) else figures | {"speed_error": error}
+def _by_clip(
+    recipe: StageRecipe, task: Task, drawn: list[Clip], wanted: Heldout, networks: Sequence[OnnxNetwork]
+) -> dict[str, list[float]]:
+    """The figures that each clip has by itself, by name without the task."""
+    figures: dict[str, list[float]] = {}
+    if wanted.specs:
+        figures |= _checked(drawn, wanted)
+    return figures | _nearness(recipe, task, drawn, wanted, networks)
+
+
+def _checked(drawn: list[Clip], wanted: Heldout) -> dict[str, list[float]]:
+    """What the checker of moving shapes says: 1 where a clip follows its caption."""
+    each = [asdict(accuracy([observe(clip)], [spec])) for clip, spec in zip(drawn, wanted.specs, strict=True)]
+    words = ("color", "shape") if drawn[0].shape[0] == 1 else ("color", "shape", "direction", "joint")
+    return {f"{word}_accuracy": [found[word] for found in each] for word in words}
 
 
 def _nearness(
     recipe: StageRecipe, task: Task, drawn: list[Clip], wanted: Heldout, networks: Sequence[OnnxNetwork]
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """How near drawn clips are to the held-out ones whose frames they were given; nothing where none were."""
     given = tasks.given_frames(recipe, task)
     if not given:
         return {}
-    figures: dict[str, float] = {}
+    figures: dict[str, list[float]] = {}
     if 0 in given:
-        kept = [first_frame_psnr(clip, held[0]) for clip, held in zip(drawn, wanted.clips, strict=True)]
-        figures["first_frame_psnr_db"] = sum(kept) / len(kept)
+        figures["first_frame_psnr_db"] = [
+            first_frame_psnr(clip, held[0]) for clip, held in zip(drawn, wanted.clips, strict=True)
+        ]
     free = [frame for frame in range(recipe.video.num_frames) if frame not in given]
     pairs = [(clip[free], held[free]) for clip, held in zip(drawn, wanted.clips, strict=True)]
-    figures["psnr_db"] = sum(psnr(*pair) for pair in pairs) / len(pairs)
+    figures["psnr_db"] = [psnr(*pair) for pair in pairs]
     if min(recipe.video.height, recipe.video.width) >= WINDOW:
-        figures["ssim"] = sum(ssim(*pair) for pair in pairs) / len(pairs)
+        figures["ssim"] = [ssim(*pair) for pair in pairs]
     for network in networks:
         if network.card.measure == "lpips":
-            figures[f"lpips_{network.name}"] = mean_distance(network.distance, pairs)
+            figures[f"lpips_{network.name}"] = [float(network.distance(*pair).mean()) for pair in pairs]
     return figures
+
+
+def _conditions(generator: ClipGenerator, heldout: ShardSet) -> dict[str, str]:
+    """What figures depend on beside the network and how it is sampled."""
+    video = generator.recipe.video
+    shards = hashlib.sha256("".join(shard.sha256 for shard in heldout.index.shards).encode())
+    codec = hashlib.sha256()
+    for name, tensor in sorted(cast(torch.nn.Module, generator.codec).state_dict().items()):
+        codec.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {
+        "heldout": shards.hexdigest(),
+        "codec": codec.hexdigest(),
+        "video": f"{video.num_frames}x{video.height}x{video.width}@{video.fps:g}",
+        "seed": str(SEED),
+        "times": str(TIMES),
+    }
+
+
+def _unique(keys: Sequence[str]) -> list[str]:
+    """A small set gives a clip more than once; each time it is a sample of its own."""
+    seen: Counter[str] = Counter()
+    names: list[str] = []
+    for key in keys:
+        names.append(f"{key}#{seen[key]}" if seen[key] else key)
+        seen[key] += 1
+    return names
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _spec(sample: Sample) -> ShapeSpec:
