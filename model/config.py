@@ -302,6 +302,17 @@ class SamplingConfig(Config):
     """CFG-Renorm: keep the guided velocity's norm at the conditional one's."""
 
 
+class ExportConfig(Config):
+    """How the stage's checkpoint becomes an engine."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of matrix products and their weights in the exported graph; norms, RoPE, softmax and the condition stay fp32."""
+    guidance_in_graph: bool = False
+    """The graph also combines the passes of guidance and renormalises; off leaves that to the sampler."""
+    max_rows: Positive = 32
+    """Rows of one call: a video takes one a pass of guidance, so two with `joint`."""
+
+
 class GateRule(Config):
     """One bound a checkpoint must hold to be promoted."""
 

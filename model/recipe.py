@@ -22,6 +22,7 @@ from model.config import (
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
+    ExportConfig,
     FlowConfig,
     NetworkConfig,
     OptimizerConfig,
@@ -55,6 +56,7 @@ class StageRecipe(Config):
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
     gate: tuple[Rule, ...] = ()
 
     @field_validator("parent", "temporal_parent", mode="before")
