@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from export.engine import EngineCorrupt, EngineMismatch, OnnxEngine
+from export.engines.onnx_runtime import OnnxEngine
+from export.engines.protocol import EngineCorrupt, EngineMismatch
 from export.onnx import recipe_digest
 from export.parity import ParityReport
 from model.config import Config

@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from export.engine import Engine
+from export.engines.protocol import Engine
 from export.profiles import Shape, ShapeProfile
 from model.conditioning import Conditions
 from model.config import Config

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.bundle import MODEL, write_bundle
-from export.engine import OnnxEngine, TorchEngine
+from export.engines.onnx_runtime import OnnxEngine
+from export.engines.torch import TorchEngine
 from export.onnx import export_onnx
 from export.parity import BOUND, ParityReport, check_parity
 from infra.registry.names import CANDIDATE

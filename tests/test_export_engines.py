@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from export.bundle import INDEX, MODEL, PARITY, RECIPE, load_bundle, load_engine, write_bundle
-from export.engine import Engine, EngineCorrupt, EngineMismatch, OnnxEngine, TorchEngine
+from export.engines.onnx_runtime import OnnxEngine
+from export.engines.protocol import Engine, EngineCorrupt, EngineMismatch
+from export.engines.torch import TorchEngine
 from export.onnx import OnnxExport, export_onnx, recipe_digest, weights_digest
 from export.parity import BOUND, ParityFailed, ParityReport, check_parity, draw_inputs
 from export.profiles import Shape, ShapeProfile

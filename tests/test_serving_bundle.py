@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from export.bundle import write_bundle
-from export.engine import EngineCorrupt, OnnxEngine, TorchEngine
+from export.engines.onnx_runtime import OnnxEngine
+from export.engines.protocol import EngineCorrupt
+from export.engines.torch import TorchEngine
 from export.onnx import export_onnx
 from export.parity import check_parity
 from infra.serving.limits import ServingLimits

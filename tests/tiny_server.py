@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from PIL import Image
 
-from export.engine import TorchEngine
+from export.engines.torch import TorchEngine
 from infra.serving import media
 from infra.serving.limits import VideoRequest
 from infra.serving.pipeline import VideoPipeline

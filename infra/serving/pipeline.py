@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export.bundle import load_bundle, load_engine
-from export.engine import Engine
+from export.engines.protocol import Engine
 from export.profiles import ShapeProfile
 from infra.serving import media
 from infra.serving.limits import VideoRequest, cost_key

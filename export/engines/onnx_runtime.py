@@ -1,0 +1,92 @@
+"""An exported file as an engine, on ONNX Runtime.
+
+It owns the session and the weights in it; it knows nothing of who made the file or of how providers are set up.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from export.engines.calls import graph_inputs
+from export.engines.protocol import EngineCorrupt, EngineMismatch
+from export.engines.providers import open_session
+from export.engines.targets import DEFAULT, OnnxTarget
+from export.engines.weights import replace_weights
+from export.onnx import INPUTS, OUTPUT
+from export.profiles import ShapeProfile
+from model.conditioning import Conditions
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class OnnxEngine:
+    """An exported file on the provider of its target; latents on that GPU are read and answered there."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        target: OnnxTarget = DEFAULT,
+        threads: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`threads` for one operator on the CPU; what the target says, or as many as PyTorch uses, unless said."""
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; export a checkpoint to it")
+        self.path, self.target = path, target
+        self._threads = threads or target.threads or torch.get_num_threads()
+        graph = _read(path)
+        self.metadata: Mapping[str, str] = {each.key: each.value for each in graph.metadata_props}
+        if "stiv.profile" not in self.metadata:
+            raise EngineMismatch(f"{path} says no stiv.profile: it was not written by export_onnx; export it again")
+        self.profile = ShapeProfile.model_validate_json(self.metadata["stiv.profile"])
+        source, replaced = (path, {}) if weights is None else replace_weights(graph, path, weights)
+        self._session = open_session(source, target, self.profile, threads=self._threads, weights=replaced)
+        names = tuple(each.name for each in self._session.get_inputs())
+        if names != INPUTS:
+            raise EngineMismatch(f"{path} takes {names}, this version gives {INPUTS}; export it again")
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        given = graph_inputs(self.profile, latents, timestep, conditions)
+        if self.target.provider != "cpu":
+            return self._run_on_gpu(given).to(latents.device)
+        feeds = {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
+        (velocity,) = self._session.run([OUTPUT], feeds)
+        return torch.as_tensor(velocity, device=latents.device)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        return type(self)(self.path, target=self.target, threads=self._threads, weights=weights)
+
+    def _run_on_gpu(self, given: Mapping[str, Tensor]) -> Tensor:
+        """Inputs and output in PyTorch's GPU memory: nothing passes through the host."""
+        index = self.target.gpu
+        device = torch.device("cuda", index)
+        buffers = {name: value.to(device).contiguous() for name, value in given.items()}
+        velocity = torch.empty_like(buffers["latents"])
+        binding = self._session.io_binding()
+        for name, buffer in buffers.items():
+            dtype = _NUMPY[buffer.dtype]
+            binding.bind_input(name, "cuda", index, dtype, tuple(buffer.shape), buffer.data_ptr())
+        binding.bind_output(OUTPUT, "cuda", index, _NUMPY[velocity.dtype], tuple(velocity.shape), velocity.data_ptr())
+        torch.cuda.current_stream(device).synchronize()  # ONNX Runtime has a stream of its own
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return velocity
+
+
+_NUMPY = {torch.float32: "float32", torch.bool: "bool"}
+
+
+def _read(path: Path) -> "onnx.ModelProto":
+    """The graph without what lies beside it."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return cast(Any, onnx).load(path, load_external_data=False)
+    except DecodeError as error:
+        raise EngineCorrupt(f"{path} cannot be loaded, export it again: {error}") from None
