@@ -43,8 +43,10 @@ def test_a_loaded_bundle_makes_the_videos_of_the_network(original: VideoPipeline
     latents: list[list[torch.Tensor]] = []
     for pipeline in (original, served):
         rows = [
-            pipeline.prepare("text", request(), None),
-            pipeline.prepare("image", request("a blue square moves up", seed=8, guidance_scale=5.0), image()),
+            pipeline.prepare("text", request(), {}),
+            pipeline.prepare(
+                "image", request("a blue square moves up", seed=8, guidance_scale=5.0), {"image": image()}
+            ),
         ]
         while not rows[0].done:
             pipeline.advance(rows)
