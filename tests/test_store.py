@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from infra.store.artifacts import (
     ArtifactStore,
     Blob,
     Conflict,
+    StoreFull,
     StoreRefused,
     blob_key,
 )
@@ -267,3 +269,35 @@ def test_a_url_of_no_store_is_refused(url: str) -> None:
 def test_a_file_in_the_way_of_a_folder_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreRefused, match=r"weights\.safetensors cannot hold a store"):
         FolderStore(a_file(tmp_path, b""))
+
+
+def test_a_folder_without_space_is_told_and_nothing_is_half_visible(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    version = store.create("ref", b"old")
+    path = a_file(tmp_path, bytes(100_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (50_000, before[1])
+    )  # the system refuses to write on, as a full disk does
+    try:
+        for write in (
+            lambda: store.put_file(path),
+            lambda: store.create("new", bytes(100_000)),
+            lambda: store.swap("ref", bytes(100_000), version),
+        ):
+            with pytest.raises(StoreFull, match=r"store/(cas|new|ref).*free some space there"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert store.list() == ["ref"] and store.read("ref").data == b"old"
+    assert names_in(tmp_path / "store" / ".tmp") == []
+
+
+def test_a_size_and_a_measure_are_those_of_what_is_stored(store: ArtifactStore, tmp_path: Path) -> None:
+    blob = store.put_file(a_file(tmp_path, b"weights"))
+    assert store.measure(blob.digest) == blob and store.size(blob_key(blob.digest)) == 7
+    store.swap(blob_key(blob.digest), b"cut", store.read(blob_key(blob.digest)).version)
+    assert store.measure(blob.digest) == Blob(hashlib.sha256(b"cut").hexdigest(), 3)
+    assert store.size("no/such/key") is None
+    with pytest.raises(ArtifactNotFound, match=ABSENT):
+        store.measure(ABSENT)

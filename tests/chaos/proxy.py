@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -71,17 +71,30 @@ class Answer:
         return "\r\n".join([*head, "", ""]).encode("latin-1") + self.body
 
 
+Script = Callable[[Request], str]
+
+
 class FaultyLink:
     """A listener on loopback that passes requests on to `endpoint`, or does one of `faults` to them.
 
     `late` is the delay in seconds of what arrives after its sender has stopped waiting. While `calm` is set all passes.
+    `script` names the fault of each request, or none by "", in place of chance.
     """
 
-    def __init__(self, endpoint: str, *, seed: int, faults: Mapping[str, float] = FAULTS, late: float = 3.0) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        seed: int = 0,
+        faults: Mapping[str, float] = FAULTS,
+        late: float = 3.0,
+        script: Script | None = None,
+    ) -> None:
         self.calm = threading.Event()
         self.done: Counter[str] = Counter()
         self._faults = faults
         self._late = late
+        self._script = script
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         target = urlsplit(endpoint)
@@ -166,6 +179,8 @@ class FaultyLink:
     def _fault_for(self, request: Request) -> str:
         if self.calm.is_set():
             return ""
+        if self._script:
+            return self._script(request)
         with self._lock:
             chosen = self._random.choices([*self._faults, ""], [*self._faults.values(), 1 - sum(self._faults.values())])
         fault = chosen[0]

@@ -7,21 +7,27 @@ import itertools
 import queue
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from infra.registry.registry import Registry
 from infra.store.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Conflict, blob_key
+from infra.store.location import open_store
 from tests.chaos.linearizability import Operation, lost_writes, register, stuck_at
 from tests.chaos.promotions import promote, publish
+from tests.chaos.proxy import FaultyLink
+from tests.s3_server import ServerProcess
 
 CLIENTS = 16
 RIVALRY = 40
 """Operations before clients turn to a new key: old ones are swapped, new ones are created in rivalry."""
+TIMEOUT = 2.0
+"""Seconds: shorter than the link's delay, so that some requests arrive when nobody waits any more."""
 LARGE = 9 << 20
 """Bytes of a file that goes in parts."""
 
@@ -35,6 +41,24 @@ class Verdict:
     not_linearizable: list[str] = field(default_factory=list)
     writes_lost: list[str] = field(default_factory=list)
     files_missing: list[str] = field(default_factory=list)
+
+
+def in_a_storm(
+    process: ServerProcess, scratch: Path, *, operations: int, kill_every: int, seed: int
+) -> tuple[Verdict, Counter[str]]:
+    """The verdict on rivals whose way to the server is faulty, and the faults they met.
+
+    After each `kill_every` operations the server is killed and started again.
+    """
+    url = process.server.url()
+    with closing(FaultyLink(process.server.endpoint, seed=seed)) as link:
+        link.calm.set()
+        access = replace(process.server.access, endpoint=link.endpoint, timeout=TIMEOUT)
+        workload = Workload(open_store(url, access), scratch, operations=operations, seed=seed)
+        workload.every(kill_every, process.restart)
+        link.calm.clear()
+        workload.run()
+    return workload.verdict(open_store(url, process.server.access)), link.done
 
 
 class Workload:
