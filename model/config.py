@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Of an exported graph."""
 Task = Literal["t2i", "t2v", "ti2v", "prediction", "interpolation", "upsampling", "multiview", "keyframes"]
 """Which frames of a clip are given clean (`tasks`); one network can be trained on several."""
 
@@ -305,7 +307,7 @@ class SamplingConfig(Config):
 class ExportConfig(Config):
     """How the stage's checkpoint becomes an engine."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Of matrix products and their weights in the exported graph; norms, RoPE, softmax and the condition stay fp32."""
     guidance_in_graph: bool = False
     """The graph also combines the passes of guidance and renormalises; off leaves that to the sampler."""

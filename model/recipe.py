@@ -134,6 +134,11 @@ class StageRecipe(Config):
             raise ValueError(f"task '{further[0]}' gives frames that only conditioning.frame_replacement carries")
         if self.flow.objective == "diffusion" and given:
             raise ValueError(f"flow.objective 'diffusion' has no frame replacement, which task '{given[0]}' needs")
+        if self.flow.objective == "diffusion" and self.export.guidance_in_graph:
+            raise ValueError(
+                "export.guidance_in_graph combines flow velocities, and flow.objective 'diffusion' predicts something"
+                " else; set guidance_in_graph = false"
+            )
         if "prediction" in self.tasks and self.conditioning.prediction_frames >= self.video.num_frames:
             raise ValueError(
                 f"conditioning.prediction_frames {self.conditioning.prediction_frames} leaves nothing to predict of"

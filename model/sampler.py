@@ -16,7 +16,7 @@ from model.conditioning import Conditions, replace_frames
 from model.config import SamplingConfig
 from model.flow_matching import interpolate, shift_timesteps
 
-Velocity = Callable[[Tensor, Tensor, Conditions], Tensor]
+Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 """(latents [R, T, C, H, W], t [R], conditions of R rows) -> velocity; what an engine or a network offers."""
 
 Solver = Literal["euler", "heun"]
@@ -92,6 +92,18 @@ class ImageCondition:
     """[B, T, C, H, W]: start of the straight path that the clean frames follow in the null branch."""
 
 
+@dataclass(slots=True, frozen=True)
+class GuidingVelocity:
+    """A network that combines the passes of a video itself."""
+
+    call: Callable[[Tensor, Tensor, Conditions, Guidance, ImageCondition], Tensor]
+    """What `pass_rows` gives, and how to combine it -> guided velocities, those of the conditional rows first."""
+
+
+Velocity = Network | GuidingVelocity
+"""What the sampler follows."""
+
+
 def timestep_schedule(num_steps: int, shift: float = 1.0) -> Tensor:
     """Flow times [num_steps + 1] from 0 (noise) to 1 (data)."""
     return shift_timesteps(torch.linspace(0.0, 1.0, num_steps + 1), shift)
@@ -117,18 +129,28 @@ def renormalize(guided: Tensor, conditional: Tensor, frame_mask: Tensor) -> Tens
     return guided * _per_row(wanted / found)
 
 
-def guided_velocity(
-    velocity: Velocity, latents: Tensor, t: Tensor, guidance: Guidance, image: ImageCondition
-) -> Tensor:
-    """One call of `velocity` with B rows a pass: conditional rows first, null rows last."""
+def pass_rows(
+    latents: Tensor, t: Tensor, guidance: Guidance, image: ImageCondition
+) -> tuple[Tensor, Tensor, Conditions]:
+    """What a network is called with: B rows a pass, conditional rows first, null rows last."""
     passes = PASSES[guidance.kind]
     clean = replace_frames(latents, image.latents, image.frame_mask)
     null = replace_frames(latents, _null_frames(image, t, guidance.null_frames), image.frame_mask)
-    predicted = velocity(
+    return (
         torch.cat([clean if with_image else null for _, with_image in passes]),
         torch.cat([t] * len(passes)),
         Conditions.stack([guidance.conditions(with_text, with_image) for with_text, with_image in passes]),
-    ).chunk(len(passes))
+    )
+
+
+def guided_velocity(
+    velocity: Velocity, latents: Tensor, t: Tensor, guidance: Guidance, image: ImageCondition
+) -> Tensor:
+    """One call of `velocity` with the rows of all passes, combined."""
+    rows = pass_rows(latents, t, guidance, image)
+    if isinstance(velocity, GuidingVelocity):
+        return velocity.call(*rows, guidance, image)[: len(latents)]
+    predicted = velocity(*rows).chunk(len(PASSES[guidance.kind]))
     guided = guide(predicted, guidance.scales)
     return renormalize(guided, predicted[0], image.frame_mask) if guidance.renormalize else guided
 

@@ -74,3 +74,34 @@ def test_input_shapes_name_every_input_of_the_graph_in_order(profile: ShapeProfi
     assert shapes["latents"] == (3, 4, 6, 2, 6)
     assert shapes["text"] == (3, 5, 24) and shapes["text_mask"] == (3, 5)
     assert shapes["timestep"] == (3,) and shapes["pooled"] == (3, 20) and shapes["micro"] == (3, 6)
+
+
+def test_ranges_are_the_shapes_of_training_and_boxes_that_stay_within_the_area(profile: ShapeProfile) -> None:
+    stage = recipe()
+    exact, *boxes = profile.ranges(stage)
+    sizes = {"frames": 8, "height": 8, "width": 16}
+    assert all({axis: getattr(end, axis) for axis in sizes} == sizes for end in (exact.min, exact.opt, exact.max))
+    assert (exact.min.batch, exact.opt.batch, exact.max.batch) == (1, 2, 8)
+    assert (exact.min.text_tokens, exact.max.text_tokens) == (1, 77)
+    assert [(box.max.height, box.max.width) for box in boxes] == [(8, 64), (16, 32), (32, 16)]
+    for box in boxes:
+        assert box.holds(profile.min) and box.holds(profile.opt)
+        assert box.max.height * box.max.width == profile.max_area and box.max.frames == profile.max.frames
+    assert all(any(box.holds(corner) for box in boxes) for corner in profile.corners())
+
+
+def test_every_bucket_of_the_data_has_a_range_of_its_own_and_room_in_the_profile() -> None:
+    stage = recipe()
+    buckets = [{"num_frames": 1, "height": 64, "width": 64}, {"num_frames": 8, "height": 64, "width": 32}]
+    stage = stage.model_validate(
+        {
+            **stage.model_dump(),
+            "data": {"buckets": buckets},
+            "training": stage.training.model_dump() | {"micro_batch_size": 4, "global_batch_size": 4},
+        }
+    )
+    profile = ShapeProfile.of(stage, STIV(stage.network, latent_channels=6, text_size=24, pooled_size=20), stretch=1)
+    clips = [(box.opt.frames, box.opt.height, box.opt.width) for box in profile.ranges(stage)[:3]]
+    assert clips == [(8, 8, 16), (2, 16, 16), (8, 16, 8)]
+    for box in profile.ranges(stage)[:3]:
+        profile.check(box.opt)

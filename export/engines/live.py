@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from export.engines.protocol import RefittableEngine
-from export.parity import ParityReport
+from export.parity.report import ParityReport
 from model.conditioning import Conditions
 
 logger = logging.getLogger(__name__)

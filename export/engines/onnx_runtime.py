@@ -15,7 +15,8 @@ from export.engines.protocol import EngineCorrupt, EngineMismatch
 from export.engines.providers import open_session
 from export.engines.targets import DEFAULT, OnnxTarget
 from export.engines.weights import replace_weights
-from export.onnx import INPUTS, OUTPUT
+from export.guidance import Combination
+from export.onnx import OUTPUT
 from export.profiles import ShapeProfile
 from model.conditioning import Conditions
 
@@ -47,11 +48,16 @@ class OnnxEngine:
         source, replaced = (path, {}) if weights is None else replace_weights(graph, path, weights)
         self._session = open_session(source, target, self.profile, threads=self._threads, weights=replaced)
         names = tuple(each.name for each in self._session.get_inputs())
-        if names != INPUTS:
-            raise EngineMismatch(f"{path} takes {names}, this version gives {INPUTS}; export it again")
+        if names != tuple(self.profile.signature()):
+            raise EngineMismatch(
+                f"{path} takes {names}, its profile {tuple(self.profile.signature())}; export it again"
+            )
 
-    def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        given = graph_inputs(self.profile, latents, timestep, conditions)
+    def denoise(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, combination: Combination | None = None
+    ) -> Tensor:
+        """With guidance inside the graph, `combination` says how rows guide one another; none: each is its own."""
+        given = graph_inputs(self.profile, latents, timestep, conditions, combination)
         if self.target.provider != "cpu":
             return self._run_on_gpu(given).to(latents.device)
         feeds = {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
@@ -78,7 +84,7 @@ class OnnxEngine:
         return velocity
 
 
-_NUMPY = {torch.float32: "float32", torch.bool: "bool"}
+_NUMPY = {torch.float32: "float32", torch.bool: "bool", torch.int64: "int64"}
 
 
 def _read(path: Path) -> "onnx.ModelProto":

@@ -37,8 +37,9 @@ class TorchEngine:
     @torch.no_grad()
     def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         given = conditions.to(self.device)
+        image = [] if given.image is None or given.image_given is None else [given.image, given.image_given]
         inputs = [latents.to(self.device), timestep.to(self.device), given.text, given.text_mask, given.pooled]
-        return self._call(*inputs, given.micro).to(latents.device)
+        return self._call(*inputs, given.micro, *image).to(latents.device)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
         require_same_weights({name: held.shape for name, held in self.network.state_dict().items()}, weights)
@@ -47,4 +48,5 @@ class TorchEngine:
         return type(self)(network, mode=self._mode, cuda_graphs=self._graphs)
 
     def _run(self, *inputs: Tensor) -> Tensor:
-        return cast(Tensor, self.network(*inputs))
+        image = dict(zip(("image", "image_given"), inputs[6:], strict=False))
+        return cast(Tensor, self.network(*inputs[:6], **image))
