@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from export.engines.onnx_runtime import OnnxEngine
 from export.engines.protocol import EngineCorrupt, EngineMismatch
 from export.onnx import recipe_digest
-from export.parity import ParityReport
+from export.parity.report import ParityReport
 from model.config import Config
 from model.recipe import StageRecipe, dumps, loads_stage
 from model.vae import FrameCodec
@@ -26,6 +26,7 @@ MODEL = "model.onnx"
 MODEL_DATA = "model.onnx.data"
 RECIPE = "recipe.json"
 PARITY = "parity.json"
+PICTURE = "parity.png"
 INDEX = "bundle.json"
 
 
@@ -63,9 +64,18 @@ class EngineBundle:
 
 
 def write_bundle(
-    folder: Path, *, model: Path, codec: FrameCodec, recipe: StageRecipe, parity: ParityReport
+    folder: Path,
+    *,
+    model: Path,
+    codec: FrameCodec,
+    recipe: StageRecipe,
+    parity: ParityReport,
+    extra: Mapping[str, Path] | None = None,
 ) -> EngineBundle:
-    """Gather a proven `model` and what it is served with into `folder`, which must not exist yet."""
+    """Gather a proven `model` and what it is served with into `folder`, which must not exist yet.
+
+    `extra` are files beside these, by the names they get; the index names and digests them like all others.
+    """
     if folder.exists():
         raise ValueError(f"{folder} exists; a bundle never changes, so name a new folder or remove that one")
     parity.require_passed()
@@ -80,6 +90,10 @@ def write_bundle(
         codec.save(draft)
         (draft / RECIPE).write_text(dumps(recipe))
         (draft / PARITY).write_text(parity.model_dump_json(indent=2))
+        for name, source in (extra or {}).items():
+            if (draft / name).exists():
+                raise ValueError(f"a bundle has a {name} of its own; give the extra file another name")
+            shutil.copyfile(source, draft / name)
         files = {path.name: _describe(path) for path in sorted(draft.iterdir())}
         (draft / INDEX).write_text(BundleIndex(stage=recipe.name, files=files).model_dump_json(indent=2))
         draft.chmod(0o755)

@@ -229,9 +229,9 @@ def export(
     from infra.engines import export_engine
 
     done = export_engine(open_registry(store), ref, work, who=getpass.getuser())
-    table = Table("shape", "max abs error", "bound", title=f"engine {done.manifest.digest[:16]}")
-    for row in done.parity.shapes:
-        table.add_row(str(row.shape), f"{row.max_abs_error:.2e}", f"{done.parity.bound:g}")
+    table = Table("check", "found", "bound", title=f"engine {done.manifest.digest[:16]}, {done.parity.precision}")
+    for check in done.parity.checks():
+        table.add_row(check.what, f"{check.found:.3g}", f"{check.bound:g}")
     console.print(table)
 
 

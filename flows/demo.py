@@ -101,7 +101,7 @@ def main(
             stages = _train(demo)
         with demo.part("export"):
             exported = export_engine(demo.registry, "ti2v/promoted", demo.root / "export", who=getpass.getuser())
-            demo.console.print(f"largest error against PyTorch: {exported.parity.worst.max_abs_error:.1e}")
+            demo.console.print(f"largest error against PyTorch: {exported.parity.worst_call.max_abs_error:.1e}")
         with demo.part("serve"):
             videos, metrics = _serve(demo)
         peak = memory.gb
@@ -204,11 +204,11 @@ def _report(
             ParityRow(
                 shape=str(row.shape),
                 max_abs_error=row.max_abs_error,
-                bound=parity.bound,
+                bound=parity.bounds.max_abs_error,
                 torch_seconds=row.reference_seconds,
                 onnx_seconds=row.candidate_seconds,
             )
-            for row in parity.shapes
+            for row in parity.calls
         ],
         videos=videos,
         metrics_excerpt=metrics,

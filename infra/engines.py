@@ -9,24 +9,27 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import MODEL, write_bundle
+from export.bundle import MODEL, PICTURE, write_bundle
 from export.engines.onnx_runtime import OnnxEngine
 from export.engines.torch import TorchEngine
 from export.onnx import export_onnx
-from export.parity import BOUND, ParityReport, check_parity
+from export.parity.check import check_parity
+from export.parity.inputs import ParityInputs
+from export.parity.report import ParityReport
 from infra.registry.names import CANDIDATE
 from infra.registry.records import Manifest
 from infra.registry.registry import Registry
 from infra.trained import fetch_trained
 from model.config import GateRule
 from model.recipe import StageRecipe, dumps
+from model.text import load_text_encoder
 from monitoring import metrics as measured
 
 logger = logging.getLogger(__name__)
 
 SERVED_TASKS = frozenset({"t2i", "t2v", "ti2v"})
 """What a request can ask for: text, or text and a first frame."""
-PARITY_GATE = (GateRule(metric="parity_max_abs_error", op="<=", bound=BOUND),)
+PARITY_GATE = (GateRule(metric="parity_error_over_bound", op="<=", bound=1.0),)
 
 
 @dataclass(slots=True, frozen=True)
@@ -54,10 +57,20 @@ def export_engine(registry: Registry, ref: str, work: Path, *, who: str) -> Expo
     (work / "onnx").mkdir(parents=True, exist_ok=True)
     exported = export_onnx(network, work / "onnx" / MODEL, recipe=recipe)
     measured.EXPORT_SECONDS.observe(exported.seconds)
-    parity = check_parity(TorchEngine(network), OnnxEngine(exported.path), exported.profile, subject=exported.sha256)
-    measured.PARITY_MAX_ABS_ERROR.set(parity.worst.max_abs_error)
-    bundle = write_bundle(bundle_folder, model=exported.path, codec=trained.codec(), recipe=recipe, parity=parity)
-    figures = {"parity_max_abs_error": parity.worst.max_abs_error, "export_seconds": exported.seconds}
+    codec, picture = trained.codec(), work / "onnx" / PICTURE
+    parity = check_parity(
+        TorchEngine(network),
+        OnnxEngine(exported.path),
+        ParityInputs(exported.profile, recipe, codec, load_text_encoder(recipe.text)),
+        subject=exported.sha256,
+        precision=recipe.export.precision,
+        picture=picture,
+    )
+    measured.PARITY_MAX_ABS_ERROR.set(parity.worst_call.max_abs_error)
+    bundle = write_bundle(
+        bundle_folder, model=exported.path, codec=codec, recipe=recipe, parity=parity, extra={PICTURE: picture}
+    )
+    figures = {**parity.metrics, "export_seconds": exported.seconds}
     manifest = registry.publish(
         "engine",
         bundle.files,

@@ -198,11 +198,11 @@ def load_codec(folder: Path, config: VaeConfig) -> FrameCodec:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of frames in [-1, 1]; infinite where they are equal."""
+    """Peak signal-to-noise ratio in dB of frames in [-1, 1]; infinite where they are equal, NaN where one is."""
     if a.shape != b.shape:
         raise ValueError(f"psnr compares equal shapes, not {tuple(a.shape)} and {tuple(b.shape)}")
     error = (a.double() - b.double()).square().mean().item()
-    return 10.0 * math.log10(4.0 / error) if error > 0 else math.inf
+    return math.inf if error == 0 else 10.0 * math.log10(4.0 / error)
 
 
 def _moments(frames: Tensor, factor: int) -> tuple[Tensor, Tensor]:

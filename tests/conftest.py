@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("METAFLOW_USER", "tests")
 
-pytest_plugins = ["tests.postgres_server", "tests.s3_server"]
+pytest_plugins = ["tests.postgres_server", "tests.s3_server", "tests.tiny_export"]
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str, str], None]

@@ -16,7 +16,7 @@ from export.tensorrt.library import architecture, has_driver
 from export.tensorrt.listeners import BuildStep
 from export.tensorrt.options import BuildOptions
 from export.tensorrt.plans import Plan, PlanUnusable, malformed
-from tests.test_export_engines import make_network, make_recipe
+from tests.tiny_export import make_network, make_recipe
 
 no_driver = pytest.mark.skipif(has_driver(), reason="this machine has a CUDA driver")
 LIMIT = {"max_batch": 4, "stretch": 2}

@@ -10,7 +10,8 @@ from export.engines.onnx_runtime import OnnxEngine
 from export.engines.protocol import EngineCorrupt
 from export.engines.torch import TorchEngine
 from export.onnx import export_onnx
-from export.parity import check_parity
+from export.parity.check import check_calls
+from export.parity.inputs import ParityInputs
 from infra.serving.limits import ServingLimits
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.server import make_server
@@ -31,9 +32,9 @@ def bundle(original: VideoPipeline, tmp_path_factory: pytest.TempPathFactory) ->
     assert isinstance(engine, TorchEngine)
     exported = export_onnx(engine.network, folder / "model.onnx", recipe=original.recipe)
     profile = exported.profile
-    parity = check_parity(
-        engine, OnnxEngine(exported.path), profile, subject=exported.sha256, shapes=[profile.min, profile.opt]
-    )
+    inputs = ParityInputs(profile, original.recipe, original.codec, original.text_encoder)
+    shapes = [profile.min, profile.opt]
+    parity = check_calls(engine, OnnxEngine(exported.path), inputs, shapes=shapes, subject=exported.sha256)
     write_bundle(folder / "bundle", model=exported.path, codec=original.codec, recipe=original.recipe, parity=parity)
     return folder / "bundle"
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from export.bundle import load_bundle, load_engine
 from export.engines.protocol import Engine
+from export.guidance import velocity_of
 from export.profiles import ShapeProfile
 from infra.serving import media
 from infra.serving.limits import VideoRequest, cost_key
 from model.conditioning import Conditions, first_frames, micro_conditions
 from model.config import SamplingConfig
-from model.diffusion import flow_velocity
 from model.generation import Clip, to_clips, to_frames
 from model.recipe import StageRecipe
 from model.sampler import Guidance, ImageCondition, Solver, Step, denoise_step, no_image, timestep_schedule
@@ -106,7 +106,7 @@ class VideoPipeline:
                 " 'joint' in the recipe and export again"
             )
         self.engine = engine
-        self.velocity = flow_velocity(recipe.flow, engine.denoise)
+        self.velocity = velocity_of(engine, recipe.flow)
         self.profile = profile
         self.digest = digest
         self.codec = codec
