@@ -124,8 +124,9 @@ def test_a_network_of_other_choices_with_an_image_and_its_guidance_inside_export
         profile = engine.profile
 
         def denoise(
-            self, latents: Tensor, timestep: Tensor, conditions: Conditions, combination: Combination
+            self, latents: Tensor, timestep: Tensor, conditions: Conditions, combination: Combination | None = None
         ) -> Tensor:
+            assert combination is not None
             blind = replace(combination, frame_mask=torch.zeros_like(combination.frame_mask))
             return engine.denoise(latents, timestep, conditions, blind)
 
