@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from model.data.checker import Observation, accuracy, first_frame_psnr, observe, speed_error
 from model.data.moving_shapes import ALL_SPECS, TRAVEL, ShapeSpec, draw, generate
+from model.measures.checker import Observation, accuracy, first_frame_psnr, observe, speed_error
 
 
 @pytest.mark.parametrize("size", [24, 32, 48])

@@ -18,7 +18,6 @@ from model import tasks
 from model.checkpoint import folder as checkpoint
 from model.conditioning import Conditions, replace_frames
 from model.config import Task
-from model.data.checker import accuracy, first_frame_psnr, observe, speed_error
 from model.data.cut import caption_of, middle_cut
 from model.data.loader import ClipLoader
 from model.data.moving_shapes import ShapeSpec
@@ -27,6 +26,7 @@ from model.diffusion import flow_velocity
 from model.flow_matching import interpolate, loss_weight, masked_losses, velocity_target
 from model.generation import Clip, ClipGenerator, to_frames
 from model.measures import motion
+from model.measures.checker import accuracy, first_frame_psnr, observe, speed_error
 from model.measures.features import PixelMotionFeatures
 from model.measures.frechet import frechet_distance, inception_score
 from model.measures.networks import OnnxNetwork
