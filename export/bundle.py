@@ -14,9 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from export.engines.onnx_runtime import OnnxEngine
+from export.engines.card import CARD, EngineCard, describe
 from export.engines.protocol import EngineCorrupt, EngineMismatch
-from export.onnx import recipe_digest
 from export.parity.report import ParityReport
 from model.config import Config
 from model.recipe import StageRecipe, dumps, loads_stage
@@ -70,11 +69,13 @@ def write_bundle(
     codec: FrameCodec,
     recipe: StageRecipe,
     parity: ParityReport,
+    card: EngineCard | None = None,
     extra: Mapping[str, Path] | None = None,
 ) -> EngineBundle:
     """Gather a proven `model` and what it is served with into `folder`, which must not exist yet.
 
-    `extra` are files beside these, by the names they get; the index names and digests them like all others.
+    Without a `card` it is an engine for ONNX Runtime on the CPU. `extra` are files beside these, by the names they get;
+    the index names and digests them like all others.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists; a bundle never changes, so name a new folder or remove that one")
@@ -89,6 +90,7 @@ def write_bundle(
         _copy_model(model, draft)
         codec.save(draft)
         (draft / RECIPE).write_text(dumps(recipe))
+        (draft / CARD).write_text((card or describe(model)).model_dump_json(indent=2))
         (draft / PARITY).write_text(parity.model_dump_json(indent=2))
         for name, source in (extra or {}).items():
             if (draft / name).exists():
@@ -111,7 +113,7 @@ def load_bundle(folder: Path) -> EngineBundle:
         index = BundleIndex.model_validate_json((folder / INDEX).read_bytes())
     except ValidationError as error:
         raise EngineCorrupt(f"{folder / INDEX} cannot be read, fetch the bundle again: {error}") from None
-    for name in (MODEL, RECIPE, PARITY):
+    for name in (MODEL, RECIPE, PARITY, CARD):
         if name not in index.files:
             raise EngineCorrupt(f"{folder / INDEX} names no {name}; export the checkpoint again")
     for name, expected in index.files.items():
@@ -122,19 +124,6 @@ def load_bundle(folder: Path) -> EngineBundle:
         parity=ParityReport.model_validate_json((folder / PARITY).read_bytes()),
         index=index,
     )
-
-
-def load_engine(folder: Path, *, threads: int | None = None) -> OnnxEngine:
-    """The engine of the bundle in `folder`, verified first."""
-    bundle = load_bundle(folder)
-    engine = OnnxEngine(folder / MODEL, threads=threads)
-    exported_from, expected = engine.metadata.get("stiv.recipe_sha256", "no recipe"), recipe_digest(bundle.recipe)
-    if exported_from != expected:
-        raise EngineMismatch(
-            f"{folder}: {MODEL} was exported from recipe {exported_from[:12]}, {RECIPE} is {expected[:12]};"
-            " export the checkpoint again"
-        )
-    return engine
 
 
 def _copy_model(model: Path, draft: Path) -> None:

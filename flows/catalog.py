@@ -1,4 +1,4 @@
-"""The built-in recipes by name; it knows where they lie, not what they say."""
+"""The built-in recipes and targets by name; it knows where they lie, not what they say."""
 
 from pathlib import Path
 
@@ -16,3 +16,14 @@ def recipe_path(name: str) -> Path:
         return built_in
     known = sorted(path.parent.name for path in RECIPES.glob("*/curriculum.toml"))
     raise RecipeError(f"recipe '{name}' is neither a file nor a built-in curriculum; built in: {known}")
+
+
+def target_path(name: str) -> Path:
+    """A path as given, or the built-in target of that name (`cpu`)."""
+    if Path(name).is_file():
+        return Path(name)
+    built_in = RECIPES / "targets" / f"{name}.toml"
+    if built_in.is_file():
+        return built_in
+    known = sorted(path.stem for path in (RECIPES / "targets").glob("*.toml"))
+    raise ValueError(f"target '{name}' is neither a file nor a built-in target; built in: {known}")

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from flows.catalog import recipe_path
-from flows.commands import registry
+from flows.commands import engine, registry
 from flows.commands.options import StoreOption, WorkOption, open_registry
 from flows.commands.tables import console, print_figures, print_gate
 from model.recipe import Curriculum, dumps, load
@@ -18,6 +18,7 @@ from model.recipe import Curriculum, dumps, load
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 vbench = typer.Typer(no_args_is_help=True, help="VBench: draw its videos, add up its scores (docs/evaluate.md).")
 app.add_typer(vbench, name="vbench")
+app.add_typer(engine.app)
 app.add_typer(registry.app)
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.section.key=value; stage may be *")]
@@ -216,22 +217,6 @@ def vbench_scores(
     table = Table("weighted", "quality", "I2V" if i2v else "semantic", "total", title="VBench-I2V" if i2v else "VBench")
     for name, scores in rows.items():
         table.add_row(name, *(f"{100 * value:.2f}" for value in (scores.quality, scores.conditioned, scores.total)))
-    console.print(table)
-
-
-@app.command()
-def export(
-    ref: Annotated[str, typer.Argument(help="ref or digest of a checkpoint")] = "ti2v/promoted",
-    store: StoreOption = "runs/store",
-    work: WorkOption = Path("runs/export"),
-) -> None:
-    """Export a checkpoint to ONNX, prove it equal to PyTorch and move engine/candidate."""
-    from infra.engines import export_engine
-
-    done = export_engine(open_registry(store), ref, work, who=getpass.getuser())
-    table = Table("check", "found", "bound", title=f"engine {done.manifest.digest[:16]}, {done.parity.precision}")
-    for check in done.parity.checks():
-        table.add_row(check.what, f"{check.found:.3g}", f"{check.bound:g}")
     console.print(table)
 
 

@@ -29,7 +29,7 @@ from flows.demo_client import drive, free_port, wait_ready
 from flows.report import write_report
 from flows.results import CodecFigures, DemoReport, ParityRow, ServedVideo, SourceSummary, StageResult
 from flows.watch import StageDisplay
-from infra.engines import ExportedEngine, export_engine
+from infra.engines.export import ExportedEngine, export_engine
 from infra.ingest import Ingested, ingest
 from infra.registry.registry import Registry
 from infra.store.location import open_store
@@ -101,7 +101,7 @@ def main(
             stages = _train(demo)
         with demo.part("export"):
             exported = export_engine(demo.registry, "ti2v/promoted", demo.root / "export", who=getpass.getuser())
-            demo.console.print(f"largest error against PyTorch: {exported.parity.worst_call.max_abs_error:.1e}")
+            demo.console.print(f"largest error against PyTorch: {exported.proof.worst_call.max_abs_error:.1e}")
         with demo.part("serve"):
             videos, metrics = _serve(demo)
         peak = memory.gb
@@ -185,7 +185,7 @@ def _report(
 ) -> DemoReport:
     videos, metrics, peak = served
     vae, figures = demo.curriculum.stages[0].vae, ingested.codec.metrics
-    parity = exported.parity
+    parity = exported.proof
     return DemoReport(
         title="STIV on one machine",
         created=datetime.now(UTC),

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.bundle import INDEX, MODEL, PARITY, RECIPE, load_bundle, load_engine, write_bundle
+from export.bundle import INDEX, MODEL, PARITY, RECIPE, load_bundle, write_bundle
+from export.engines.card import CARD
+from export.engines.opening import open_bundle
 from export.engines.protocol import EngineCorrupt, EngineMismatch
 from export.engines.torch import TorchEngine
 from export.parity.check import check_calls
@@ -37,21 +39,21 @@ def bundle(tmp_path: Path, exported: Exported, codec: PatchPca, report: ParityRe
 
 def test_a_bundle_holds_all_that_serving_takes(bundle: Path, exported: Exported, report: ParityReport) -> None:
     loaded = load_bundle(bundle)
-    assert set(loaded.files) == {MODEL, "codec.safetensors", "codec.json", RECIPE, PARITY, INDEX}
+    assert set(loaded.files) == {MODEL, "codec.safetensors", "codec.json", RECIPE, PARITY, CARD, INDEX}
     assert set(loaded.files.values()) == set(bundle.iterdir())
     assert loaded.recipe == exported.recipe and loaded.parity == report
     assert [path.name for path in bundle.parent.iterdir()] == ["engine"]
     inputs = exported.inputs.call(exported.profile.min, seed=0)
-    assert torch.equal(load_engine(bundle, threads=1).denoise(*inputs), exported.engine.denoise(*inputs))
+    assert torch.equal(open_bundle(bundle, threads=1)[1].denoise(*inputs), exported.engine.denoise(*inputs))
 
 
-@pytest.mark.parametrize("name", [MODEL, "codec.safetensors", "codec.json", RECIPE, PARITY])
+@pytest.mark.parametrize("name", [MODEL, "codec.safetensors", "codec.json", RECIPE, PARITY, CARD])
 def test_one_flipped_byte_anywhere_in_a_bundle_is_found(bundle: Path, name: str) -> None:
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
     (bundle / name).write_bytes(data)
     with pytest.raises(EngineCorrupt, match=rf"{name} has {len(data)} bytes and sha256 .*fetch the bundle again"):
-        load_engine(bundle)
+        open_bundle(bundle)
 
 
 def test_a_bundle_with_a_file_or_its_index_missing_is_refused(bundle: Path, tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_an_engine_of_another_recipe_is_refused(
     other = make_recipe(video={"num_frames": 16, "height": 32, "width": 32})
     write_bundle(tmp_path / "engine", model=exported.file.path, codec=codec, recipe=other, parity=report)
     with pytest.raises(EngineMismatch, match=r"was exported from recipe .* export the checkpoint again"):
-        load_engine(tmp_path / "engine")
+        open_bundle(tmp_path / "engine")
 
 
 def test_an_unproven_model_is_not_bundled_and_nothing_is_left(

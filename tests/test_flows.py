@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows.catalog import RECIPES
-from infra.engines import export_engine
+from infra.engines.export import export_engine
 from infra.ingest import ingest
 from infra.launch.stage import run_stage
 from infra.registry.gate import PromotionRefused
@@ -138,7 +138,7 @@ def test_a_killed_curriculum_resumes_where_it_was_and_promotes_every_stage(
         assert "Gate: promoted" in shown and "data:image/png" in shown and "heldout_loss" in shown
 
     exported = export_engine(registry, promoted("ti2v"), tmp_path / "export", who="tests")
-    assert exported.parity.worst_call.max_abs_error <= 1e-4
+    assert exported.proof.worst_call.max_abs_error <= 1e-4
     assert registry.resolve(CANDIDATE).parents["checkpoint"] == ti2v.digest
 
 

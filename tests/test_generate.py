@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flows import cli
-from infra.engines import require_served
+from infra.engines.export import require_served
 from infra.ingest import ingest
 from infra.launch.stage import StageOutcome, run_stage
 from infra.registry.registry import Registry

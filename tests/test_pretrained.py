@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flows import cli
-from infra.engines import export_engine
+from infra.engines.export import export_engine
 from infra.pretrained import export_pretrained, import_pretrained
 from infra.registry.gate import PromotionRefused
 from infra.registry.names import CODEC, DATASET

@@ -5,23 +5,19 @@ It owns the session and the weights in it; it knows nothing of who made the file
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from export.engines.calls import graph_inputs
-from export.engines.protocol import EngineCorrupt, EngineMismatch
+from export.engines.protocol import EngineMismatch
 from export.engines.providers import open_session
 from export.engines.targets import DEFAULT, OnnxTarget
-from export.engines.weights import replace_weights
+from export.engines.weights import metadata, profile_of, read_graph, replace_weights
 from export.guidance import Combination
 from export.onnx import OUTPUT
-from export.profiles import ShapeProfile
 from model.conditioning import Conditions
-
-if TYPE_CHECKING:
-    import onnx
 
 
 class OnnxEngine:
@@ -36,15 +32,11 @@ class OnnxEngine:
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`threads` for one operator on the CPU; what the target says, or as many as PyTorch uses, unless said."""
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; export a checkpoint to it")
         self.path, self.target = path, target
         self._threads = threads or target.threads or torch.get_num_threads()
-        graph = _read(path)
-        self.metadata: Mapping[str, str] = {each.key: each.value for each in graph.metadata_props}
-        if "stiv.profile" not in self.metadata:
-            raise EngineMismatch(f"{path} says no stiv.profile: it was not written by export_onnx; export it again")
-        self.profile = ShapeProfile.model_validate_json(self.metadata["stiv.profile"])
+        graph = read_graph(path)
+        self.metadata: Mapping[str, str] = metadata(graph)
+        self.profile = profile_of(graph, path)
         source, replaced = (path, {}) if weights is None else replace_weights(graph, path, weights)
         self._session = open_session(source, target, self.profile, threads=self._threads, weights=replaced)
         names = tuple(each.name for each in self._session.get_inputs())
@@ -85,14 +77,3 @@ class OnnxEngine:
 
 
 _NUMPY = {torch.float32: "float32", torch.bool: "bool", torch.int64: "int64"}
-
-
-def _read(path: Path) -> "onnx.ModelProto":
-    """The graph without what lies beside it."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        return cast(Any, onnx).load(path, load_external_data=False)
-    except DecodeError as error:
-        raise EngineCorrupt(f"{path} cannot be loaded, export it again: {error}") from None

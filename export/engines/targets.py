@@ -12,9 +12,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from export.engines.torch import Mode
 from export.tensorrt.options import BuildOptions
-from model.config import Config, Positive
+from model.config import Config, Positive, Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt_rtx"]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
 Gpu = Annotated[int, Field(ge=0)]
@@ -61,12 +60,13 @@ class TensorRtTarget(Config):
 
 
 Target = Annotated[TorchTarget | OnnxTarget | TensorRtTarget, Field(discriminator="runtime")]
+AnyTarget = TorchTarget | OnnxTarget | TensorRtTarget
 DEFAULT = OnnxTarget(runtime="onnx_runtime")
 
-_ADAPTER: TypeAdapter[TorchTarget | OnnxTarget | TensorRtTarget] = TypeAdapter(Target)
+_ADAPTER: TypeAdapter[AnyTarget] = TypeAdapter(Target)
 
 
-def load_target(path: Path) -> TorchTarget | OnnxTarget | TensorRtTarget:
+def load_target(path: Path) -> AnyTarget:
     """The target a TOML file describes."""
     try:
         return _ADAPTER.validate_python(tomllib.loads(path.read_text()))

@@ -1,6 +1,6 @@
-"""Other weights for an exported graph: its initializers by name, taken out so that a session can be given new ones.
+"""Weights in an exported graph: read by name, or taken out so that a session can be given other ones.
 
-It owns the replacement within an ONNX graph; it knows nothing of sessions or of where the new weights come from.
+It owns how a file holds them; it knows nothing of sessions or of where new weights come from.
 """
 
 import re
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from export.engines.protocol import EngineMismatch, require_same_weights
+from export.engines.protocol import EngineCorrupt, EngineMismatch, require_same_weights
+from export.profiles import ShapeProfile
 
 if TYPE_CHECKING:
     import onnx
@@ -21,6 +22,62 @@ WEIGHT = re.compile(r"[a-z_]+(\.[a-z0-9_]+)+")
 """How a network names its weights; constants of the graph are named otherwise."""
 DTYPES = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
 """By ONNX's number."""
+
+
+def read_graph(path: Path) -> "onnx.ModelProto":
+    """The graph without what lies beside it."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; export a checkpoint to it")
+    try:
+        return cast(Any, onnx).load(path, load_external_data=False)
+    except DecodeError as error:
+        raise EngineCorrupt(f"{path} cannot be loaded, export it again: {error}") from None
+
+
+def metadata(graph: "onnx.ModelProto") -> dict[str, str]:
+    return {each.key: each.value for each in graph.metadata_props}
+
+
+def profile_of(graph: "onnx.ModelProto", path: Path) -> ShapeProfile:
+    """The shapes that the file at `path` was exported for."""
+    said = metadata(graph)
+    if "stiv.profile" not in said:
+        raise EngineMismatch(f"{path} says no stiv.profile: it was not written by export_onnx; export it again")
+    return ShapeProfile.model_validate_json(said["stiv.profile"])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Every weight of the file by the network's name, float32."""
+    import onnx_ir as ir
+
+    held: dict[str, Tensor] = {}
+    for name, value in cast(Any, ir).load(path).graph.initializers.items():
+        if WEIGHT.fullmatch(name):
+            bits = value.const_value.numpy()
+            held[name] = torch.tensor(bits.astype("float32"))  # a copy; bf16 and fp16 widen without loss
+    return held
+
+
+def write_refitted(source: Path, to: Path, weights: Mapping[str, Tensor], said: Mapping[str, str]) -> None:
+    """Write the graph of `source` around other weights, float32 by the network's names, with its metadata as `said`."""
+    import onnx_ir as ir
+
+    from export.precision import tensor
+    from export.tracing import EXTERNAL_ABOVE, save
+
+    model = cast(Any, ir).load(source)
+    held = {name: value for name, value in model.graph.initializers.items() if WEIGHT.fullmatch(name)}
+    require_same_weights({name: torch.Size(value.shape.numpy()) for name, value in held.items()}, weights)
+    for name, value in held.items():
+        dtype = DTYPES.get(int(value.dtype))
+        if dtype is None:
+            raise EngineMismatch(f"weight '{name}' of {source} is quantized and cannot be replaced; export anew")
+        value.const_value = tensor(name, weights[name].to(dtype).contiguous())
+    model.metadata_props.update(said)
+    save(model, to, EXTERNAL_ABOVE)
 
 
 def replace_weights(

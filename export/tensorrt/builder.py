@@ -4,17 +4,19 @@ It owns the order of a build and what is kept of it; it knows nothing of the net
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.profiles import ShapeProfile
+from export.profiles import ShapeProfile, ShapeRange
 from export.tensorrt.library import Library, architecture, has_driver, load
-from export.tensorrt.listeners import BuildLog, OnProgress, Progress
+from export.tensorrt.listeners import BuildLog, OnProgress, Progress, Watch
 from export.tensorrt.options import BuildOptions, buildable, measures, refuse
 
 Sizes = tuple[int, ...]
+Ends = tuple[Mapping[str, Sizes], Mapping[str, Sizes], Mapping[str, Sizes]]
+"""Smallest, usual and largest shape of every input."""
 
 
 class BuildFailed(Exception):
@@ -56,18 +58,18 @@ class TensorRtPlan:
 def build_plan(
     model: Path,
     profile: ShapeProfile,
+    ranges: Sequence[ShapeRange],
     *,
     library: Library,
     options: BuildOptions | None = None,
     timing_cache: bytes = b"",
-    log: Path | None = None,
-    on_progress: OnProgress | None = None,
+    watch: Watch | None = None,
 ) -> TensorRtPlan:
-    """Build `model` for the shapes of `profile`.
+    """Build `model` for `ranges` of the shapes of its `profile`.
 
     Args:
+        ranges: an optimization profile each; a call takes the first that holds its shape.
         timing_cache: of an earlier build by the same version on the same GPU; only for a library that `measures`.
-        log: where every message of the builder is kept, line by line as it comes.
 
     Raises:
         ValueError: an option that cannot work with this library or on this machine; nothing was built.
@@ -77,11 +79,12 @@ def build_plan(
     refuse(options, library, trt, driver=has_driver())
     if timing_cache and not measures(library):
         raise ValueError(f"{library} measures nothing while it builds, so it takes no timing cache")
-    messages = BuildLog(log)
+    watch = watch or Watch()
+    messages = BuildLog(watch.log)
     try:
-        build = _Build(trt, library, messages, on_progress)
+        build = _Build(trt, library, messages, watch.on_progress)
         network = build.read(model)
-        config = build.configure(profile, options, timing_cache)
+        config = build.configure([_ends(profile, each) for each in ranges], options, timing_cache)
         plan = build.run(network, config, model)
         return TensorRtPlan(
             plan=plan,
@@ -103,7 +106,8 @@ class _Build:
     """One builder, and what must live as long as it does."""
 
     def __init__(self, trt: Any, library: Library, messages: BuildLog, on_progress: OnProgress | None) -> None:
-        self.trt, self.library, self.messages = trt, library, messages
+        self.trt, self.messages = trt, messages
+        self.library: Library = library
         self.logger = messages.listener(trt)
         self.builder = trt.Builder(self.logger)
         self.progress = None if on_progress is None else Progress(on_progress)
@@ -119,7 +123,7 @@ class _Build:
             raise BuildFailed(f"{self.library} cannot read {model}: {'; '.join([*errors, *self.messages.warnings])}")
         return network
 
-    def configure(self, profile: ShapeProfile, options: BuildOptions, timing_cache: bytes) -> Any:
+    def configure(self, ranges: Sequence[Ends], options: BuildOptions, timing_cache: bytes) -> Any:
         trt, config = self.trt, self.builder.create_builder_config()
         config.builder_optimization_level = options.optimization_level
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell; no plan is slower
@@ -132,8 +136,9 @@ class _Build:
             level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatible.upper())
             config.hardware_compatibility_level = level
         _target(trt, config, options.architectures)
-        for ranges in self._ranges(profile):
-            config.add_optimization_profile(ranges)
+        for ends in ranges:
+            self.profiles.append(self._optimization_profile(ends))
+            config.add_optimization_profile(self.profiles[-1])
         if measures(self.library) and not config.set_timing_cache(config.create_timing_cache(timing_cache), False):
             self.messages.write("warning", "the timing cache is of another GPU or version; not used", warning=True)
             config.set_timing_cache(config.create_timing_cache(b""), False)
@@ -153,14 +158,26 @@ class _Build:
     def inputs(self, network: Any) -> tuple[PlanTensor, ...]:
         return tuple(_tensor(network.get_input(index), self.profiles) for index in range(network.num_inputs))
 
-    def _ranges(self, profile: ShapeProfile) -> Sequence[Any]:
-        """One optimization profile for the whole range."""
-        ranges = self.builder.create_optimization_profile()
-        low, opt, high = (profile.input_shapes(shape) for shape in (profile.min, profile.opt, profile.max))
+    def _optimization_profile(self, ends: Ends) -> Any:
+        profile = self.builder.create_optimization_profile()
+        low, opt, high = ends
         for name in opt:
-            ranges.set_shape(name, low[name], opt[name], high[name])
-        self.profiles.append(ranges)
-        return self.profiles
+            profile.set_shape(name, low[name], opt[name], high[name])
+        return profile
+
+
+def merge_timing_caches(library: Library, first: bytes, second: bytes) -> bytes:
+    """What two builds by one version on one GPU measured."""
+    trt = load(library)
+    config = trt.Builder(BuildLog(None).listener(trt)).create_builder_config()
+    merged = config.create_timing_cache(first)
+    merged.combine(config.create_timing_cache(second), False)
+    return bytes(merged.serialize())
+
+
+def _ends(profile: ShapeProfile, box: ShapeRange) -> Ends:
+    low, opt, high = (profile.input_shapes(shape) for shape in (box.min, box.opt, box.max))
+    return low, opt, high
 
 
 def _flags(trt: Any, options: BuildOptions) -> list[Any]:

@@ -12,6 +12,8 @@ Library = Literal["tensorrt", "tensorrt_rtx"]
 PACKAGES: dict[Library, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 """What to give pip."""
 RTX: Library = "tensorrt_rtx"
+# CUdevice_attribute of the driver's API.
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 
 
 def load(library: Library) -> Any:
@@ -39,15 +41,27 @@ def has_driver() -> bool:
 
 def architecture(device: int = 0) -> str:
     """Compute capability of a GPU of this machine, as `sm90`."""
-    if not has_driver():
-        raise ValueError("this machine has no CUDA driver that finds a GPU, so it has no architecture; run it on one")
-    driver = ctypes.CDLL("libcuda.so.1")
-    handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    results = (
-        driver.cuDeviceGet(ctypes.byref(handle), device),
-        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, handle),  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, handle),
-    )
-    if any(results):
-        raise ValueError(f"GPU {device} is not there (CUDA errors {results}); name one that nvidia-smi lists")
+    driver, handle = _gpu(device)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, handle)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, handle)
     return f"sm{major.value}{minor.value}"
+
+
+def gpu_name(device: int = 0) -> str | None:
+    """As NVIDIA names it, None where this machine has no GPU."""
+    if not has_driver():
+        return None
+    driver, handle = _gpu(device)
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGetName(name, len(name), handle)
+    return name.value.decode()
+
+
+def _gpu(device: int) -> tuple[Any, ctypes.c_int]:
+    if not has_driver():
+        raise ValueError("this machine has no CUDA driver that finds a GPU; run this on one that has")
+    driver, handle = cast(Any, ctypes.CDLL("libcuda.so.1")), ctypes.c_int()
+    if driver.cuDeviceGet(ctypes.byref(handle), device):
+        raise ValueError(f"GPU {device} is not there; name one that nvidia-smi lists")
+    return driver, handle

@@ -23,6 +23,15 @@ OnProgress = Callable[[BuildStep], None]
 """Called from the builder's threads; what it raises stops the build, and is raised to who asked for the build."""
 
 
+@dataclass(slots=True, frozen=True)
+class Watch:
+    """Who is told of a build while it runs."""
+
+    log: Path | None = None
+    """Keeps every message of the builder, line by line as it comes."""
+    on_progress: OnProgress | None = None
+
+
 class BuildLog:
     """The library's messages: every one in a file, and the warnings and errors in memory."""
 

@@ -98,6 +98,12 @@ class Plan:
         if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
             raise PlanUnusable(f"{self.library} cannot take the weights of {graph}: {self._said()}")
 
+    def serialized(self) -> bytes:
+        """The plan with the weights it has now, which can be replaced again."""
+        config = self.engine.create_serialization_config()
+        config.set_flag(self.trt.SerializationFlag.INCLUDE_REFIT)
+        return bytes(self.engine.serialize_with_config(config))
+
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Put `weights`, float32 by the graph's names, in place of those in the plan, each in the plan's precision.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.bundle import load_bundle, load_engine
+from export.engines.opening import open_bundle
 from export.engines.protocol import Engine
 from export.guidance import velocity_of
 from export.profiles import ShapeProfile
@@ -116,14 +116,14 @@ class VideoPipeline:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """The model of an engine bundle, after every byte of it was checked."""
-        bundle, engine = load_bundle(folder), load_engine(folder)
+        bundle, engine, profile = open_bundle(folder)
         recipe = bundle.recipe
         return cls(
             engine,
             load_codec(folder, recipe.vae),
             load_text_encoder(recipe.text),
             recipe,
-            profile=engine.profile,
+            profile=profile,
             digest=bundle.digest,
         )
 
