@@ -109,8 +109,8 @@ def test_extra_files_are_part_of_a_bundle_and_cannot_take_the_place_of_another(
     note = tmp_path / "note.txt"
     note.write_text("built by hand")
     common = {"model": exported.file.path, "codec": codec, "recipe": exported.recipe, "parity": report}
-    written = write_bundle(tmp_path / "engine", **common, extra={"engine.json": note})
-    assert written.files["engine.json"].read_text() == "built by hand"
+    written = write_bundle(tmp_path / "engine", **common, extra={"notes.json": note})
+    assert written.files["notes.json"].read_text() == "built by hand"
     with pytest.raises(ValueError, match=r"a bundle has a parity\.json of its own"):
         write_bundle(tmp_path / "other", **common, extra={PARITY: note})
     assert not (tmp_path / "other").exists()

@@ -66,7 +66,7 @@ def test_a_refit_that_is_wrong_never_answers(exported: Exported, retrained: STIV
     def proof(engine: RefittableEngine) -> ParityReport:
         return check_parity(TorchEngine(retrained), engine, exported.inputs, subject="")
 
-    with pytest.raises(ParityFailed, match="fp32 allows 0.0001"):
+    with pytest.raises(ParityFailed, match=r"fp32 allows 0\.0001"):
         live.refit(broken, weights_sha256="broken", verify=proof)
     assert live.weights_sha256 == "before" and not live.can_revert
     assert torch.equal(live.denoise(*inputs), before)
