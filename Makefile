@@ -33,8 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## from video files to a served video, on this machine
 	$(RUN) -m flows.demo
 
+# Two at a time, a file a process, so that what a file's tests share is made once.
 test: $(INSTALLED) ## the tests that need no GPU and no cluster
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED) ## format, lint, types, import layers
 	$(BIN)/ruff format --check
