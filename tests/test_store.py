@@ -301,3 +301,16 @@ def test_a_size_and_a_measure_are_those_of_what_is_stored(store: ArtifactStore, 
     assert store.size("no/such/key") is None
     with pytest.raises(ArtifactNotFound, match=ABSENT):
         store.measure(ABSENT)
+
+
+def test_files_stored_and_fetched_together_are_those_that_were_there(store: ArtifactStore, tmp_path: Path) -> None:
+    paths = {f"{number}.bin": a_file(tmp_path, bytes([number]) * 1000, f"{number}.bin") for number in range(9)}
+    blobs = store.put_files(paths)
+    store.fetch_files({tmp_path / "out" / name: blob.digest for name, blob in blobs.items()})
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in blobs} == {
+        name: path.read_bytes() for name, path in paths.items()
+    }
+    with pytest.raises(ArtifactNotFound, match=ABSENT):
+        store.fetch_files({tmp_path / "a": ABSENT, tmp_path / "b": blobs["1.bin"].digest})
+    with pytest.raises(FileNotFoundError):
+        store.put_files({"there": paths["1.bin"], "gone": tmp_path / "gone"})

@@ -8,16 +8,22 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 # A part that begins with a dot belongs to the store itself (locks, counters, half-written files) or leads out of it.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*(/[A-Za-z0-9_][A-Za-z0-9._+=@-]*)*")
 _KEY_LIMIT = 512
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+FILES_AT_ONCE = 4
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 class ArtifactNotFound(ValueError):
@@ -168,6 +174,14 @@ class ArtifactStore(ABC):
             self._upload(key, Source(path, blob, before.st_mtime_ns))
         return blob
 
+    def put_files(self, paths: Mapping[str, Path]) -> dict[str, Blob]:
+        """Store files, several at once, and say what each is, by name; of several failures the first is raised."""
+        return _all_of({name: partial(self.put_file, path) for name, path in paths.items()})
+
+    def fetch_files(self, digests: Mapping[Path, str]) -> None:
+        """Copy a blob to each path, several at once."""
+        _all_of({to: partial(self.fetch_file, digest, to) for to, digest in digests.items()})
+
     def delete(self, key: str) -> None:
         """Remove an object for good; one that is not there is no error. Only for who knows that nobody needs it."""
         self._discard(check_key(key))
@@ -213,3 +227,14 @@ class ArtifactStore(ABC):
 
     @abstractmethod
     def _discard(self, key: str) -> None: ...
+
+
+def _all_of(calls: Mapping[K, Callable[[], T]]) -> dict[K, T]:
+    """The result of each call; one that fails keeps those that have not begun from beginning."""
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        begun = {key: pool.submit(call) for key, call in calls.items()}
+        try:
+            return {key: future.result() for key, future in begun.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -27,7 +27,7 @@ MOST_PARTS = 10_000
 _MIB = 1 << 20
 
 
-def checksum(data: bytes) -> str:
+def checksum(data: bytes | bytearray) -> str:
     """A sha256 as S3 writes it."""
     return b64encode(hashlib.sha256(data).digest()).decode()
 
@@ -49,13 +49,18 @@ def sent_in_parts(client: S3Client, key: str, path: Path, writer: str) -> Genera
         key, "create_multipart_upload", Key=key, Metadata={"writer": writer}, ChecksumAlgorithm="SHA256"
     )
     place = {"Key": key, "UploadId": opened["UploadId"]}
+    spare: list[bytearray] = []
     try:
         with path.open("rb") as file, ThreadPoolExecutor(CONNECTIONS) as pool:
 
             def send(number: int) -> dict[str, Any]:
-                data = os.pread(file.fileno(), step, (number - 1) * step)
+                # boto3 copies `bytes` once more to put them behind the head; a bytearray goes as it is, and again.
+                whole = spare.pop() if spare else bytearray(step)
+                length = os.preadv(file.fileno(), [whole], (number - 1) * step)
+                data = whole if length == step else whole[:length]
                 proof = checksum(data)
                 answer = client.asked(key, "upload_part", **place, PartNumber=number, Body=data, ChecksumSHA256=proof)
+                spare.append(whole)
                 return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumSHA256": proof}
 
             calls = (partial(send, number) for number in range(1, -(-size // step) + 1))

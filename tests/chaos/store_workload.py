@@ -26,7 +26,7 @@ from tests.s3_server import ServerProcess
 CLIENTS = 16
 RIVALRY = 40
 """Operations before clients turn to a new key: old ones are swapped, new ones are created in rivalry."""
-TIMEOUT = 2.0
+TIMEOUT = 1.0
 """Seconds: shorter than the link's delay, so that some requests arrive when nobody waits any more."""
 LARGE = 9 << 20
 """Bytes of a file that goes in parts."""
@@ -51,7 +51,7 @@ def in_a_storm(
     After each `kill_every` operations the server is killed and started again.
     """
     url = process.server.url()
-    with closing(FaultyLink(process.server.endpoint, seed=seed)) as link:
+    with closing(FaultyLink(process.server.endpoint, seed=seed, late=1.5 * TIMEOUT)) as link:
         link.calm.set()
         access = replace(process.server.access, endpoint=link.endpoint, timeout=TIMEOUT)
         workload = Workload(open_store(url, access), scratch, operations=operations, seed=seed)

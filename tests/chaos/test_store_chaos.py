@@ -10,7 +10,7 @@ from infra.store.folder import FolderStore
 from tests.chaos.store_workload import Verdict, Workload, in_a_storm
 from tests.s3_server import ServerProcess, running_process
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(3600)
 OPERATIONS, NIGHTLY_OPERATIONS = 500, 10_000
 
 
