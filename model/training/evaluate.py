@@ -34,6 +34,7 @@ from model.measures.samples import SAMPLES, SampleFigures
 from model.measures.similarity import WINDOW, psnr, ssim
 from model.network.stiv import STIV
 from model.recipe import StageRecipe
+from model.sampler import GuidingVelocity
 from model.text import load_text_encoder
 from model.training.pictures import animate, sample_grid
 from model.vae import load_codec
@@ -182,12 +183,14 @@ def heldout_losses(generator: ClipGenerator, heldout: ShardSet) -> dict[str, dic
         conditions = conditions.with_image(latents[:, 0], frame_mask[:, 0])
     keys = _unique(batch.keys)
     losses: list[Tensor] = []
+    network = generator.velocity
+    assert not isinstance(network, GuidingVelocity), "a loss is of one pass of the network, not of guided ones"
     for index in range(TIMES):
         t = torch.full((rows,), (index + 0.5) / TIMES)
         noisy = interpolate(latents, noise, t)
         if recipe.conditioning.frame_replacement:
             noisy = replace_frames(noisy, latents, frame_mask)
-        velocity = generator.velocity(noisy, t, conditions)
+        velocity = network(noisy, t, conditions)
         losses.append(masked_losses(velocity, velocity_target(latents, noise), weight).double())
     named = {"heldout_loss": torch.stack(losses).mean(0)}
     named |= {f"heldout_loss_t{index}": loss for index, loss in enumerate(losses)}
