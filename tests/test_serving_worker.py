@@ -72,7 +72,7 @@ def test_a_job_joins_at_the_next_step_and_leaves_at_its_last(
 def test_no_more_rows_run_than_there_are_seats(worker: Worker, jobs: JobStore, create: Callable[..., Job]) -> None:
     created = [create() for _ in range(5)]
     worker.turn()
-    assert [jobs.get(job.id).state for job in created] == ["in_progress"] * 3 + ["queued"] * 2
+    assert sorted(jobs.get(job.id).state for job in created) == ["in_progress"] * 3 + ["queued"] * 2
     finish(worker)
     assert {jobs.get(job.id).state for job in created} == {"completed"}
 
@@ -174,15 +174,13 @@ def test_progress_is_told_and_never_says_done_before_it_is(
 def test_a_stopping_worker_finishes_what_runs_and_leaves_the_queue(
     worker: Worker, jobs: JobStore, create: Callable[..., Job]
 ) -> None:
-    running = [create(request(num_inference_steps=20)) for _ in range(3)]
-    waiting = create()
+    created = [create(request(num_inference_steps=20)) for _ in range(4)]
     worker.start()
     while jobs.count("in_progress") < 3:
         time.sleep(0.005)
     worker.stop()
     assert not worker.is_alive
-    assert {jobs.get(job.id).state for job in running} == {"completed"}
-    assert jobs.get(waiting.id).state == "queued"
+    assert sorted(jobs.get(job.id).state for job in created) == ["completed"] * 3 + ["queued"]
 
 
 def test_a_worker_without_time_to_drain_hands_its_jobs_back(

@@ -23,7 +23,17 @@ from model.conditioning import Conditions, first_frames, micro_conditions
 from model.config import SamplingConfig
 from model.generation import Clip, to_clips, to_frames
 from model.recipe import StageRecipe
-from model.sampler import Guidance, ImageCondition, Solver, Step, denoise_step, no_image, timestep_schedule
+from model.sampler import (
+    PASSES,
+    Guidance,
+    GuidanceKind,
+    ImageCondition,
+    Solver,
+    Step,
+    denoise_step,
+    no_image,
+    timestep_schedule,
+)
 from model.text import TextEncoder, load_text_encoder
 from model.vae import FrameCodec, load_codec
 
@@ -51,6 +61,28 @@ class DenoiseRow:
     source: Clip | None = None
     """Frames that the video continues; its last `request.given_frames` are the clean first ones."""
     step: int = 0
+    client: str = ""
+    priority: int = 0
+    deadline_at: float | None = None
+    created_at: float = 0.0
+
+    @property
+    def image_guidance_scale(self) -> float:
+        asked = self.request.image_guidance_scale
+        return self.sampling.image_guidance_scale if asked is None else asked
+
+    @property
+    def rows(self) -> int:
+        """Of the engine, in its next call."""
+        return len(PASSES[self.request.guidance])
+
+    @property
+    def steps_left(self) -> int:
+        return self.num_steps - self.step
+
+    @property
+    def cost_key(self) -> str:
+        return cost_key(self.request)
 
     @property
     def num_steps(self) -> int:
@@ -66,18 +98,9 @@ class DenoiseRow:
         return min(99, 100 * self.step // self.num_steps)
 
     @property
-    def diffuses(self) -> bool:
-        """Whether the next update is one of the SDE; the last one never is."""
-        return self.sampling.stochastic and self.step < self.num_steps - 1
-
-    @property
-    def key(self) -> tuple[str, torch.Size, Solver, bool]:
+    def key(self) -> tuple[str, torch.Size, Solver]:
         """Rows with equal keys can share a call of the engine."""
-        return self.engine, self.latents.shape, self.sampling.solver, self.diffuses
-
-    @property
-    def cost_key(self) -> str:
-        return cost_key(self.request)
+        return self.engine, self.latents.shape, self.sampling.solver
 
     def noise(self) -> Tensor:
         """Standard normal for the next update, the same whenever it is drawn."""
@@ -100,11 +123,6 @@ class VideoPipeline:
         digest: str = "",
     ) -> None:
         """`profile` bounds what the engine takes, None if it takes any shape; `digest` names it in the metrics."""
-        if recipe.sampling.guidance != "joint":
-            raise ValueError(
-                f"sampling.guidance '{recipe.sampling.guidance}' is not served: a video takes two rows of a call; set"
-                " 'joint' in the recipe and export again"
-            )
         self.engine = engine
         self.velocity = velocity_of(engine, recipe.flow)
         self.profile = profile
@@ -161,18 +179,23 @@ class VideoPipeline:
     @torch.inference_mode()
     def advance(self, rows: Sequence[DenoiseRow]) -> None:
         """One denoise step of rows whose keys are equal; a failure leaves every row as it was."""
-        first = rows[0]
+        sampling = rows[0].sampling
         step = Step(
             start=torch.stack([row.schedule[row.step] for row in rows]),
             end=torch.stack([row.schedule[row.step + 1] for row in rows]),
-            solver=first.sampling.solver,
-            diffusion_noise=torch.cat([row.noise() for row in rows]) if first.diffuses else None,
+            solver=sampling.solver,
+            diffusion_noise=torch.cat([row.noise() for row in rows]) if sampling.stochastic else None,
         )
+        kinds: list[GuidanceKind] = [row.request.guidance for row in rows]
         guidance = Guidance(
             conditional=Conditions.stack([row.conditional for row in rows]),
             null=Conditions.stack([row.null for row in rows]),
             scale=torch.tensor([row.request.guidance_scale for row in rows]),
-        ).configured(self.recipe.sampling)
+            renormalize=sampling.renormalize,
+            kind=tuple(kinds),
+            image_scale=torch.tensor([row.image_guidance_scale for row in rows]),
+            null_frames=sampling.null_frames,
+        )
         image = ImageCondition(
             latents=torch.cat([row.image.latents for row in rows]),
             frame_mask=torch.cat([row.image.frame_mask for row in rows]),

@@ -19,7 +19,8 @@ from infra.serving.jobs.owner import new_owner
 from infra.serving.jobs.store import JobStore
 from infra.serving.jobs.table import Beat, Job
 from infra.serving.pipeline import DenoiseRow, Diverged, VideoPipeline
-from infra.serving.scheduler import Scheduler
+from infra.serving.scheduling.cost import CostModel
+from infra.serving.scheduling.scheduler import Scheduler
 from infra.serving.settings import ServerSettings
 from model.generation import Clip
 from monitoring import metrics
@@ -45,7 +46,7 @@ class Worker:
         self.files = files
         self.settings = settings
         self.owner = new_owner()
-        self.scheduler: Scheduler[DenoiseRow] = Scheduler(settings.max_rows)
+        self.scheduler: Scheduler[DenoiseRow] = Scheduler(2 * settings.max_rows, CostModel())
         self._running: dict[str, _Running] = {}
         self._told_at = 0.0
         self._recovered_at = -RECOVER_EVERY_S
@@ -127,11 +128,16 @@ class Worker:
     def _admit(self) -> None:
         if not self.scheduler.free_rows:
             return
-        waiting = sorted(self.jobs.waiting(self.settings.max_queued), key=lambda job: job.created_at)
-        for job in self.jobs.lease(self.owner, [job.id for job in waiting[: self.scheduler.free_rows]]):
+        chosen = self.scheduler.choose(self.jobs.waiting(self.settings.max_queued), self.scheduler.free_rows)
+        leased = self.jobs.lease(self.owner, chosen)
+        for missed in set(chosen) - {job.id for job in leased}:
+            self.scheduler.leave(missed)
+        for job in leased:
             with self._failing_alone(job.id), metrics.STAGE_SECONDS.labels("encode").time():
                 inputs = {role: self.files.read(digest) for role, digest in job.inputs.items()}
                 row = self.pipeline.prepare(job.id, job.request, inputs)
+                row.client, row.priority = job.client, job.priority
+                row.created_at, row.deadline_at = job.created_at, job.deadline_at
                 self._enter(job, row)
 
     def _enter(self, job: Job, row: DenoiseRow) -> None:
@@ -166,9 +172,11 @@ class Worker:
         return well
 
     def _call_engine(self, batch: Sequence[DenoiseRow]) -> None:
-        metrics.DENOISE_BATCH_ROWS.observe(2 * len(batch))
+        metrics.DENOISE_BATCH_ROWS.observe(sum(row.rows for row in batch))
+        began = time.perf_counter()
         with metrics.DENOISE_STEP_SECONDS.time():
             self.pipeline.advance(batch)
+        self.scheduler.observe(batch, time.perf_counter() - began)
 
     def _deliver(self, row: DenoiseRow) -> None:
         running = self._running[row.job_id]
