@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from export.engines.opening import open_bundle
@@ -18,13 +19,13 @@ from export.engines.protocol import Engine
 from export.guidance import velocity_of
 from export.profiles import ShapeProfile
 from infra.serving import media
-from infra.serving.limits import VideoRequest, cost_key
+from infra.serving.jobs.table import KeptLatents
+from infra.serving.limits import ENGINE_ROWS, VideoRequest, cost_key
 from model.conditioning import Conditions, first_frames, micro_conditions
 from model.config import SamplingConfig
 from model.generation import Clip, to_clips, to_frames
 from model.recipe import StageRecipe
 from model.sampler import (
-    PASSES,
     Guidance,
     GuidanceKind,
     ImageCondition,
@@ -36,6 +37,9 @@ from model.sampler import (
 )
 from model.text import TextEncoder, load_text_encoder
 from model.vae import FrameCodec, load_codec
+
+GOLDEN = "golden.safetensors"
+"""Of an engine bundle."""
 
 
 class Diverged(ArithmeticError):
@@ -74,7 +78,7 @@ class DenoiseRow:
     @property
     def rows(self) -> int:
         """Of the engine, in its next call."""
-        return len(PASSES[self.request.guidance])
+        return ENGINE_ROWS[self.request.guidance]
 
     @property
     def steps_left(self) -> int:
@@ -106,6 +110,17 @@ class DenoiseRow:
         """Standard normal for the next update, the same whenever it is drawn."""
         return _normal(self.latents.shape, self.request.seed, stream=1 + self.step)
 
+    def kept(self, step: int, latents: Tensor) -> KeptLatents:
+        """The row as it stood after that step, to go on from."""
+        return KeptLatents(self.engine, step, save({"latents": latents.contiguous()}))
+
+    def resume(self, kept: KeptLatents) -> bool:
+        """Go on from there, as if it had never stopped; False if another engine, or one without a name, kept them."""
+        if not self.engine or kept.engine != self.engine:
+            return False
+        self.latents, self.step = load(kept.data)["latents"], kept.step
+        return True
+
     def require_finite(self) -> None:
         if not bool(torch.isfinite(self.latents).all()):
             raise Diverged(f"latents of job {self.job_id} are not finite after step {self.step} of {self.num_steps}")
@@ -121,12 +136,17 @@ class VideoPipeline:
         *,
         profile: ShapeProfile | None = None,
         digest: str = "",
+        golden: Path | None = None,
     ) -> None:
-        """`profile` bounds what the engine takes, None if it takes any shape; `digest` names it in the metrics."""
+        """`profile` bounds what the engine takes, None if it takes any shape; `digest` names engine and weights.
+
+        `golden` is what it should draw, see `golden`.
+        """
         self.engine = engine
         self.velocity = velocity_of(engine, recipe.flow)
         self.profile = profile
         self.digest = digest
+        self.golden = golden
         self.codec = codec
         self.text_encoder = text_encoder
         self.recipe = recipe
@@ -143,6 +163,7 @@ class VideoPipeline:
             recipe,
             profile=profile,
             digest=bundle.digest,
+            golden=bundle.files.get(GOLDEN),
         )
 
     @torch.inference_mode()
@@ -213,6 +234,14 @@ class VideoPipeline:
         request = row.request
         drawn = to_clips(self.codec.decode(row.latents))[0][: request.num_frames - request.surplus_frames]
         return drawn if row.source is None else np.concatenate([row.source, drawn[request.given_frames :]])
+
+    @torch.inference_mode()
+    def preview(self, row: DenoiseRow, step: int, latents: Tensor, before: Tensor) -> Clip:
+        """The middle frame [1, H, W, 3] of the video that `row` was heading for at `step`, one step after `before`."""
+        start, end = row.schedule[step - 1], row.schedule[step]
+        middle = slice(latents.shape[1] // 2, latents.shape[1] // 2 + 1)
+        heading = latents + (1 - end) / (end - start) * (latents - before)
+        return to_clips(self.codec.decode(heading[:, middle]))[0]
 
     def _image_condition(self, given: Clip, noise: Tensor) -> ImageCondition:
         latents = torch.zeros_like(noise)
