@@ -5,6 +5,7 @@ knows nothing of engines.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, cast
 
 import torch
@@ -53,15 +54,22 @@ class Combination:
     @classmethod
     def of(cls, guidance: Guidance, image: ImageCondition) -> "Combination":
         """Of B videos whose rows stand pass by pass, as `sampler.pass_rows` gives them."""
-        videos, passes, scales = len(image.frame_mask), PASSES[guidance.kind], guidance.scales
-        own = torch.arange(videos)
-        rows = torch.stack([own + videos * place for place in PLACES[guidance.kind]], dim=1)
-        unused = torch.ones(videos)
+        members, video_of = guidance.members, torch.cat(list(guidance.members.values()))
+        begins = dict(zip(members, accumulate(map(len, members.values()), initial=0), strict=False))
+        passes = torch.arange(len(image.frame_mask))[:, None].repeat(1, 3)
+        scales = torch.ones(len(image.frame_mask), 2)
+        for kind in set(guidance.kinds):
+            videos = guidance.rows_of(lambda each, wanted=kind: each == wanted)
+            for column, place in enumerate(PLACES[kind]):
+                its = members[PASSES[kind][place]]
+                passes[videos, column] = begins[PASSES[kind][place]] + torch.searchsorted(its, videos)
+            for column, scale in enumerate(guidance.scales(kind, videos)):
+                scales[videos, column] = scale.float()
         return cls(
-            passes=rows.repeat(len(passes), 1),
-            scales=torch.stack([*scales, unused, unused][:2], dim=1).float().repeat(len(passes), 1),
-            frame_mask=image.frame_mask.repeat(len(passes), 1),
-            renormalize=torch.full((videos * len(passes),), guidance.renormalize),
+            passes=passes[video_of],
+            scales=scales[video_of],
+            frame_mask=image.frame_mask[video_of],
+            renormalize=torch.full((len(video_of),), guidance.renormalize),
         )
 
     @classmethod

@@ -269,21 +269,42 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
 ) -> None:
-    """Serve an engine with the OpenAI videos API until SIGTERM."""
+    """Serve an engine with the OpenAI videos API until SIGTERM; SIGHUP fetches the ref anew and swaps the engine."""
     from infra.serving.server import serve as run
     from infra.serving.settings import ServerSettings
 
     registry = open_registry(store)
-    engine = registry.resolve(ref)
+
+    def fetch() -> Path:
+        engine = registry.resolve(ref)
+        return registry.fetch(engine, work / "engines" / engine.digest[:16])
+
     settings = ServerSettings.from_environment(
         os.environ,
-        engine=registry.fetch(engine, work / "engines" / engine.digest[:16]),
+        engine=fetch(),
         database_url=f"sqlite:///{work.absolute()}/jobs.db",
         store_url=str(work / "videos"),
         host=host,
         port=port,
     )
-    run(settings)
+    run(settings, reload=fetch)
+
+
+@app.command()
+def migrate_jobs(
+    database: Annotated[
+        str,
+        typer.Argument(
+            help="SQLAlchemy URL; STIV_DATABASE_URL keeps a password off the list of processes",
+            envvar="STIV_DATABASE_URL",
+        ),
+    ] = "sqlite:///runs/serving/jobs.db",
+) -> None:
+    """Bring a job database up to this release, after all servers on it have stopped and a copy was made."""
+    from infra.serving.jobs.database import VERSION, Database
+
+    Database(database, migrating=True).close()
+    console.print(f"the job database holds tables of version {VERSION}")
 
 
 def main() -> None:

@@ -44,9 +44,10 @@ class Guidance:
     scale: Tensor
     """[B]; 1 is the conditional prediction alone. Separate guidance: of the text."""
     renormalize: bool = True
-    kind: GuidanceKind = "joint"
+    kind: GuidanceKind | tuple[GuidanceKind, ...] = "joint"
+    """Of all rows, or of each."""
     image_scale: Tensor | None = None
-    """[B], scale of the image; separate guidance wants it, the others do not use it."""
+    """[B], scale of the image; rows with separate guidance want it, the others do not use it."""
     null_frames: NullFrames = "noised"
 
     def configured(self, config: SamplingConfig) -> "Guidance":
@@ -61,15 +62,41 @@ class Guidance:
         )
 
     @property
-    def scales(self) -> list[Tensor]:
-        """[B] for each pass but the last: how far it is followed from the one after it."""
-        if self.kind == "none":
+    def kinds(self) -> tuple[GuidanceKind, ...]:
+        """Of each row."""
+        return (self.kind,) * len(self.scale) if isinstance(self.kind, str) else self.kind
+
+    @property
+    def members(self) -> dict[tuple[bool, bool], Tensor]:
+        """Pass (sees the text, sees the image) -> places int [R] of the rows that have it, conditional first."""
+        found = {each: self.rows_of(lambda kind, each=each: each in PASSES[kind]) for each in PASSES["separate"]}
+        return {each: rows for each, rows in found.items() if len(rows)}
+
+    def rows_of(self, wanted: Callable[[GuidanceKind], bool]) -> Tensor:
+        """Places int [R] of the rows of wanted kinds."""
+        places = [place for place, kind in enumerate(self.kinds) if wanted(kind)]
+        return torch.tensor(places, dtype=torch.int64, device=self.scale.device)
+
+    def rows(self, index: Tensor) -> "Guidance":
+        """Of the rows `index` int [R]."""
+        return replace(
+            self,
+            conditional=self.conditional.rows(index),
+            null=self.null.rows(index),
+            scale=self.scale[index],
+            kind=self.kind if isinstance(self.kind, str) else tuple(self.kind[int(row)] for row in index),
+            image_scale=None if self.image_scale is None else self.image_scale[index],
+        )
+
+    def scales(self, kind: GuidanceKind, index: Tensor) -> list[Tensor]:
+        """[R] of the rows `index` for each pass of `kind` but its last: how far it is followed from the next."""
+        if kind == "none":
             return []
-        if self.kind == "joint":
-            return [self.scale]
+        if kind == "joint":
+            return [self.scale[index]]
         if self.image_scale is None:
             raise ValueError("image_scale is None; guidance 'separate' wants one a row")
-        return [self.scale, self.image_scale]
+        return [self.scale[index], self.image_scale[index]]
 
     def conditions(self, with_text: bool, with_image: bool) -> Conditions:
         """Of a pass."""
@@ -132,27 +159,34 @@ def renormalize(guided: Tensor, conditional: Tensor, frame_mask: Tensor) -> Tens
 def pass_rows(
     latents: Tensor, t: Tensor, guidance: Guidance, image: ImageCondition
 ) -> tuple[Tensor, Tensor, Conditions]:
-    """What a network is called with: B rows a pass, conditional rows first, null rows last."""
-    passes = PASSES[guidance.kind]
+    """What a network is called with for B rows: each once a pass of its kind, in the order of `guidance.members`."""
+    members = guidance.members
     clean = replace_frames(latents, image.latents, image.frame_mask)
     null = replace_frames(latents, _null_frames(image, t, guidance.null_frames), image.frame_mask)
     return (
-        torch.cat([clean if with_image else null for _, with_image in passes]),
-        torch.cat([t] * len(passes)),
-        Conditions.stack([guidance.conditions(with_text, with_image) for with_text, with_image in passes]),
+        torch.cat([(clean if each[1] else null)[rows] for each, rows in members.items()]),
+        torch.cat([t[rows] for rows in members.values()]),
+        Conditions.stack([guidance.conditions(*each).rows(rows) for each, rows in members.items()]),
     )
 
 
 def guided_velocity(
     velocity: Velocity, latents: Tensor, t: Tensor, guidance: Guidance, image: ImageCondition
 ) -> Tensor:
-    """One call of `velocity` with the rows of all passes, combined."""
-    rows = pass_rows(latents, t, guidance, image)
+    """One call of `velocity` for B rows, whatever their guidance, with the rows of all passes, combined."""
+    called = pass_rows(latents, t, guidance, image)
     if isinstance(velocity, GuidingVelocity):
-        return velocity.call(*rows, guidance, image)[: len(latents)]
-    predicted = velocity(*rows).chunk(len(PASSES[guidance.kind]))
-    guided = guide(predicted, guidance.scales)
-    return renormalize(guided, predicted[0], image.frame_mask) if guidance.renormalize else guided
+        return velocity.call(*called, guidance, image)[: len(latents)]
+    members = guidance.members
+    answers = torch.split(velocity(*called), [len(rows) for rows in members.values()])
+    predicted = dict(zip(members, answers, strict=True))
+    conditional = predicted[True, True]
+    guided = conditional
+    for kind in sorted(set(guidance.kinds) - {"none"}):
+        rows = guidance.rows_of(lambda each, wanted=kind: each == wanted)
+        its = [predicted[each][torch.isin(members[each], rows)] for each in PASSES[kind]]
+        guided = guided.index_copy(0, rows, guide(its, guidance.scales(kind, rows)))
+    return renormalize(guided, conditional, image.frame_mask) if guidance.renormalize else guided
 
 
 def _null_frames(image: ImageCondition, t: Tensor, kind: NullFrames) -> Tensor:
@@ -168,20 +202,24 @@ class Step:
     end: Tensor
     solver: Solver = "euler"
     diffusion_noise: Tensor | None = None
-    """Standard normal [B, T, C, H, W] for the reverse-time SDE; None integrates the ODE."""
+    """Standard normal [B, T, C, H, W] for the reverse-time SDE; None integrates the ODE, as rows that end at 1 do."""
 
 
 def denoise_step(velocity: Velocity, latents: Tensor, step: Step, guidance: Guidance, image: ImageCondition) -> Tensor:
     """Latents at `step.end`. Euler calls the network once, Heun twice."""
     size = _per_row(step.end - step.start)
+    diffuses = _per_row(step.end < 1.0)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         v = guided_velocity(velocity, x, t, guidance, image)
-        return v if step.diffusion_noise is None else v + _per_row(_diffusion(t)) * _score(v, x, t)
+        if step.diffusion_noise is None:
+            return v
+        return torch.where(diffuses, v + _per_row(_diffusion(t)) * _score(v, x, t), v)
 
     x = latents
     if step.diffusion_noise is not None:
-        x = x + (2 * _per_row(_diffusion(step.start)) * size).sqrt() * step.diffusion_noise
+        noise = (2 * _per_row(_diffusion(step.start)) * size).sqrt() * step.diffusion_noise
+        x = torch.where(diffuses, x + noise, x)
     slope = drift(x, step.start)
     moved = x + size * slope
     if step.solver == "heun":

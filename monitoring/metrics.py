@@ -150,9 +150,16 @@ JOB_SECONDS = Histogram(
 )
 STAGE_SECONDS = Histogram(
     "stiv_stage_seconds",
-    "Wall time a job spends in one part of its way: encode, denoise, decode or store.",
+    "Wall time of one part of the way: encode, denoise, decode, mp4, store, of one keep of latents, or of a warm_up.",
     ["stage"],
     buckets=_MINUTES_EDGES,
+    registry=SERVING,
+)
+ENGINE_SECONDS_TOTAL = Counter(
+    "stiv_engine_seconds_total",
+    "Time of the engine's thread: denoise (a call), between (two calls), starved (jobs are here, none can be advanced),"
+    " idle (no job is here).",
+    ["state"],
     registry=SERVING,
 )
 HTTP_REQUESTS_TOTAL = Counter(

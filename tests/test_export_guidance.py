@@ -39,8 +39,13 @@ def guiding(calls: list[int]) -> GuidingVelocity:
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize(("kind", "passes"), [("joint", 2), ("separate", 3), ("none", 1)])
-def test_every_kind_of_guidance_is_the_samplers_to_the_bit(kind: GuidanceKind, passes: int, renormalize: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [("joint", 6), ("separate", 9), ("none", 3), (("separate", "none", "joint"), 6), (("none", "joint", "joint"), 5)],
+)
+def test_every_kind_of_guidance_is_the_samplers_to_the_bit(
+    kind: GuidanceKind | tuple[GuidanceKind, ...], rows: int, renormalize: bool
+) -> None:
     latents, t = normal(B, T, C, H, W), torch.tensor([0.0, 0.4, 0.9])
     scale, image_scale = torch.tensor([1.0, 3.0, 7.5]), torch.tensor([1.5, 1.0, 4.0])
     guidance = Guidance(conditions(1), conditions(2), scale, renormalize, kind, image_scale)
@@ -50,7 +55,7 @@ def test_every_kind_of_guidance_is_the_samplers_to_the_bit(kind: GuidanceKind, p
     calls: list[int] = []
     expected = guided_velocity(network, latents, t, guidance, image)
     found = guided_velocity(guiding(calls), latents, t, guidance, image)
-    assert torch.equal(found, expected) and calls == [B * passes]
+    assert torch.equal(found, expected) and calls == [rows]
     assert not torch.allclose(
         found, guided_velocity(network, latents, t, replace(guidance, scale=scale + 1), image)
     ) or (kind == "none")

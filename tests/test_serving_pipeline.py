@@ -7,10 +7,12 @@ import torch
 
 from infra.serving.limits import VideoRequest
 from infra.serving.pipeline import DenoiseRow, Diverged, VideoPipeline
-from infra.serving.scheduler import Scheduler
+from infra.serving.scheduling.cost import CostModel
+from infra.serving.scheduling.scheduler import Scheduler
+from model.conditioning import Conditions
 from model.config import FlowConfig, SamplingConfig
 from model.diffusion import as_flow
-from model.sampler import Guidance, sample_steps
+from model.sampler import Guidance, GuidanceKind, sample_steps
 from tests.tiny_server import CLIP, image, request, tiny_pipeline, tiny_recipe
 
 
@@ -20,7 +22,7 @@ def pipeline(request: pytest.FixtureRequest) -> VideoPipeline:
 
 
 def finish(pipeline: VideoPipeline, rows: Sequence[DenoiseRow]) -> dict[str, torch.Tensor]:
-    scheduler = Scheduler[DenoiseRow](8)
+    scheduler = Scheduler[DenoiseRow](32, CostModel())
     for row in rows:
         scheduler.admit(row)
     while batch := scheduler.next_batch():
@@ -39,6 +41,12 @@ UNLIKE: dict[str, tuple[VideoRequest, dict[str, bytes]]] = {
         {},
     ),
     "longer": (request("yellow", num_inference_steps=7, flow_shift=3.0, seed=10), {}),
+    "unguided": (request("a white square", guidance="none", seed=11, num_inference_steps=5), {}),
+    "separate": (
+        request("a cyan circle", guidance="separate", guidance_scale=4.0, image_guidance_scale=2.0, seed=12),
+        {"image": image()},
+    ),
+    "separate text": (request("a red square", guidance="separate", image_guidance_scale=3.0, seed=13), {}),
     "large": (request(width=64, height=48, num_frames=4), {}),
 }
 
@@ -51,9 +59,40 @@ def test_unlike_rows_in_one_batch_are_what_they_are_alone(pipeline: VideoPipelin
         assert (together[name] - alone).abs().max() <= 1e-4 * max(1.0, float(alone.abs().max())), name
 
 
-def test_text_to_video_and_image_to_video_share_a_call(pipeline: VideoPipeline) -> None:
-    rows = [pipeline.prepare(name, *UNLIKE[name]) for name in ("plain", "image", "guided", "longer")]
+def test_unlike_rows_share_every_call_whatever_their_guidance_image_and_step(pipeline: VideoPipeline) -> None:
+    rows = [pipeline.prepare(name, *job) for name, job in UNLIKE.items() if name != "large"]
     assert len({row.key for row in rows}) == 1
+    pipeline.advance([rows[0]])  # now they stand at different steps, and one comes to its last before the others
+    calls = CountingVelocity(pipeline)
+    scheduler = Scheduler[DenoiseRow](32, CostModel())
+    for row in rows:
+        scheduler.admit(row)
+    while batch := scheduler.next_batch():
+        pipeline.advance(batch)
+        for row in batch:
+            if row.done:
+                scheduler.leave(row.job_id)
+    calls.stop()
+    evaluations = 2  # Heun's
+    assert len(calls.rows) == evaluations * max(row.num_steps for row in rows)
+    assert calls.rows[0] == sum(row.rows for row in rows) == 4 * 2 + 1 + 2 * 3
+
+
+class CountingVelocity:
+    """Engine rows of each call that `pipeline` makes until `stop`."""
+
+    def __init__(self, pipeline: VideoPipeline) -> None:
+        self.rows: list[int] = []
+        self._pipeline: VideoPipeline = pipeline
+        self._velocity: Any = pipeline.velocity
+        pipeline.velocity = self._call
+
+    def _call(self, latents: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        self.rows.append(len(latents))
+        return self._velocity(latents, t, conditions)
+
+    def stop(self) -> None:
+        self._pipeline.velocity = self._velocity
 
 
 def test_the_first_frame_is_the_image(pipeline: VideoPipeline) -> None:
@@ -95,11 +134,14 @@ def test_a_row_is_sampled_as_the_sampler_does() -> None:
 
 
 @pytest.mark.parametrize("guidance", ["separate", "none"])
-def test_guidance_other_than_joint_is_refused(guidance: str) -> None:
-    recipe = tiny_recipe()
-    sampling = recipe.sampling.model_copy(update={"guidance": guidance})
-    with pytest.raises(ValueError, match=f"guidance '{guidance}' is not served.* set 'joint'"):
-        tiny_pipeline(recipe.model_copy(update={"sampling": sampling}))
+def test_every_guidance_is_served_as_the_sampler_draws_it(guidance: GuidanceKind) -> None:
+    pipeline = tiny_pipeline()
+    row = pipeline.prepare("job", request(guidance=guidance, image_guidance_scale=2.0), {"image": image()})
+    config = SamplingConfig(solver="heun", stochastic=False, num_steps=4, guidance=guidance, image_guidance_scale=2.0)
+    with torch.inference_mode():
+        given = Guidance(row.conditional, row.null, torch.tensor([3.0]))
+        *_, wanted = sample_steps(pipeline.engine.denoise, row.latents, given, row.image, config)
+    assert torch.equal(finish(pipeline, [row])["job"], wanted)
 
 
 def test_a_diffusion_network_is_served_along_the_flow_it_implies() -> None:

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from export.engines.torch import TorchEngine
 from infra.serving import media
@@ -19,6 +20,7 @@ from infra.serving.limits import VideoRequest
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.server import make_server
 from infra.serving.settings import ServerSettings
+from model.conditioning import Conditions
 from model.data import moving_shapes
 from model.generation import to_frames
 from model.network.stiv import STIV
@@ -29,6 +31,16 @@ from monitoring import logs
 
 KEY = "sk-test"
 CLIP = next(iter(moving_shapes.generate(1, num_frames=8, size=32, seed=3))).frames
+
+
+class SteadyEngine(TorchEngine):
+    """Whose calls have four rows at least: a CPU computes its smallest layers by another kernel below that, and then a
+    video's last bits would tell whether it had company. ONNX Runtime needs no such care."""
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        rows = latents.shape[0]
+        again = torch.arange(max(rows, 4)) % rows
+        return super().denoise(latents[again], timestep[again], conditions.rows(again))[:rows]
 
 
 class WordEncoder:
@@ -107,7 +119,8 @@ def tiny_pipeline(recipe: StageRecipe | None = None, text_encoder: TextEncoder |
     recipe, text_encoder = recipe or tiny_recipe(), text_encoder or WordEncoder()
     clips = [clip.frames for clip in moving_shapes.generate(16, num_frames=8, size=32, seed=0)]
     codec = PatchPca.fit(to_frames(clips), recipe.vae.latent_channels, recipe.vae.spatial_factor)
-    return VideoPipeline(TorchEngine(tiny_network(recipe, text_encoder)), codec, text_encoder, recipe)
+    engine = SteadyEngine(tiny_network(recipe, text_encoder))
+    return VideoPipeline(engine, codec, text_encoder, recipe, digest="tiny" * 16)
 
 
 def tiny_settings(folder: Path, **changes: object) -> ServerSettings:
@@ -118,6 +131,7 @@ def tiny_settings(folder: Path, **changes: object) -> ServerSettings:
             "store_url": str(folder / "store"),
             "api_keys": [KEY],
             "idle_poll_s": 0.05,
+            "progress_every_s": 0.02,
             **changes,
         }
     )

@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from export.engines.opening import open_bundle
@@ -18,14 +19,27 @@ from export.engines.protocol import Engine
 from export.guidance import velocity_of
 from export.profiles import ShapeProfile
 from infra.serving import media
-from infra.serving.limits import VideoRequest, cost_key
+from infra.serving.jobs.table import KeptLatents
+from infra.serving.limits import ENGINE_ROWS, VideoRequest, cost_key
 from model.conditioning import Conditions, first_frames, micro_conditions
 from model.config import SamplingConfig
 from model.generation import Clip, to_clips, to_frames
 from model.recipe import StageRecipe
-from model.sampler import Guidance, ImageCondition, Solver, Step, denoise_step, no_image, timestep_schedule
+from model.sampler import (
+    Guidance,
+    GuidanceKind,
+    ImageCondition,
+    Solver,
+    Step,
+    denoise_step,
+    no_image,
+    timestep_schedule,
+)
 from model.text import TextEncoder, load_text_encoder
 from model.vae import FrameCodec, load_codec
+
+GOLDEN = "golden.safetensors"
+"""Of an engine bundle."""
 
 
 class Diverged(ArithmeticError):
@@ -51,6 +65,28 @@ class DenoiseRow:
     source: Clip | None = None
     """Frames that the video continues; its last `request.given_frames` are the clean first ones."""
     step: int = 0
+    client: str = ""
+    priority: int = 0
+    deadline_at: float | None = None
+    created_at: float = 0.0
+
+    @property
+    def image_guidance_scale(self) -> float:
+        asked = self.request.image_guidance_scale
+        return self.sampling.image_guidance_scale if asked is None else asked
+
+    @property
+    def rows(self) -> int:
+        """Of the engine, in its next call."""
+        return ENGINE_ROWS[self.request.guidance]
+
+    @property
+    def steps_left(self) -> int:
+        return self.num_steps - self.step
+
+    @property
+    def cost_key(self) -> str:
+        return cost_key(self.request)
 
     @property
     def num_steps(self) -> int:
@@ -66,22 +102,24 @@ class DenoiseRow:
         return min(99, 100 * self.step // self.num_steps)
 
     @property
-    def diffuses(self) -> bool:
-        """Whether the next update is one of the SDE; the last one never is."""
-        return self.sampling.stochastic and self.step < self.num_steps - 1
-
-    @property
-    def key(self) -> tuple[str, torch.Size, Solver, bool]:
+    def key(self) -> tuple[str, torch.Size, Solver]:
         """Rows with equal keys can share a call of the engine."""
-        return self.engine, self.latents.shape, self.sampling.solver, self.diffuses
-
-    @property
-    def cost_key(self) -> str:
-        return cost_key(self.request)
+        return self.engine, self.latents.shape, self.sampling.solver
 
     def noise(self) -> Tensor:
         """Standard normal for the next update, the same whenever it is drawn."""
         return _normal(self.latents.shape, self.request.seed, stream=1 + self.step)
+
+    def kept(self, step: int, latents: Tensor) -> KeptLatents:
+        """The row as it stood after that step, to go on from."""
+        return KeptLatents(self.engine, step, save({"latents": latents.contiguous()}))
+
+    def resume(self, kept: KeptLatents) -> bool:
+        """Go on from there, as if it had never stopped; False if another engine, or one without a name, kept them."""
+        if not self.engine or kept.engine != self.engine:
+            return False
+        self.latents, self.step = load(kept.data)["latents"], kept.step
+        return True
 
     def require_finite(self) -> None:
         if not bool(torch.isfinite(self.latents).all()):
@@ -98,17 +136,17 @@ class VideoPipeline:
         *,
         profile: ShapeProfile | None = None,
         digest: str = "",
+        golden: Path | None = None,
     ) -> None:
-        """`profile` bounds what the engine takes, None if it takes any shape; `digest` names it in the metrics."""
-        if recipe.sampling.guidance != "joint":
-            raise ValueError(
-                f"sampling.guidance '{recipe.sampling.guidance}' is not served: a video takes two rows of a call; set"
-                " 'joint' in the recipe and export again"
-            )
+        """`profile` bounds what the engine takes, None if it takes any shape; `digest` names engine and weights.
+
+        `golden` is what it should draw, see `golden`.
+        """
         self.engine = engine
         self.velocity = velocity_of(engine, recipe.flow)
         self.profile = profile
         self.digest = digest
+        self.golden = golden
         self.codec = codec
         self.text_encoder = text_encoder
         self.recipe = recipe
@@ -125,6 +163,7 @@ class VideoPipeline:
             recipe,
             profile=profile,
             digest=bundle.digest,
+            golden=bundle.files.get(GOLDEN),
         )
 
     @torch.inference_mode()
@@ -161,18 +200,23 @@ class VideoPipeline:
     @torch.inference_mode()
     def advance(self, rows: Sequence[DenoiseRow]) -> None:
         """One denoise step of rows whose keys are equal; a failure leaves every row as it was."""
-        first = rows[0]
+        sampling = rows[0].sampling
         step = Step(
             start=torch.stack([row.schedule[row.step] for row in rows]),
             end=torch.stack([row.schedule[row.step + 1] for row in rows]),
-            solver=first.sampling.solver,
-            diffusion_noise=torch.cat([row.noise() for row in rows]) if first.diffuses else None,
+            solver=sampling.solver,
+            diffusion_noise=torch.cat([row.noise() for row in rows]) if sampling.stochastic else None,
         )
+        kinds: list[GuidanceKind] = [row.request.guidance for row in rows]
         guidance = Guidance(
             conditional=Conditions.stack([row.conditional for row in rows]),
             null=Conditions.stack([row.null for row in rows]),
             scale=torch.tensor([row.request.guidance_scale for row in rows]),
-        ).configured(self.recipe.sampling)
+            renormalize=sampling.renormalize,
+            kind=tuple(kinds),
+            image_scale=torch.tensor([row.image_guidance_scale for row in rows]),
+            null_frames=sampling.null_frames,
+        )
         image = ImageCondition(
             latents=torch.cat([row.image.latents for row in rows]),
             frame_mask=torch.cat([row.image.frame_mask for row in rows]),
@@ -190,6 +234,14 @@ class VideoPipeline:
         request = row.request
         drawn = to_clips(self.codec.decode(row.latents))[0][: request.num_frames - request.surplus_frames]
         return drawn if row.source is None else np.concatenate([row.source, drawn[request.given_frames :]])
+
+    @torch.inference_mode()
+    def preview(self, row: DenoiseRow, step: int, latents: Tensor, before: Tensor) -> Clip:
+        """The middle frame [1, H, W, 3] of the video that `row` was heading for at `step`, one step after `before`."""
+        start, end = row.schedule[step - 1], row.schedule[step]
+        middle = slice(latents.shape[1] // 2, latents.shape[1] // 2 + 1)
+        heading = latents + (1 - end) / (end - start) * (latents - before)
+        return to_clips(self.codec.decode(heading[:, middle]))[0]
 
     def _image_condition(self, given: Clip, noise: Tensor) -> ImageCondition:
         latents = torch.zeros_like(noise)

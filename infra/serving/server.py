@@ -4,8 +4,9 @@ It owns how the parts are put together; it knows nothing of what they do.
 """
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,32 +18,44 @@ from infra.serving.jobs.files import JobFiles
 from infra.serving.jobs.store import JobStore
 from infra.serving.limits import ServedModel, ServingLimits
 from infra.serving.pipeline import VideoPipeline
+from infra.serving.process import ServerProcess
 from infra.serving.settings import ServerSettings
-from infra.serving.worker import Worker
+from infra.serving.worker.worker import Worker
 from infra.store.location import open_store
-from monitoring import logs, metrics
+from monitoring import logs
 
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: ServerSettings) -> None:
-    """Serve an engine folder until SIGTERM or SIGINT; running videos may finish for `drain_s`."""
+def serve(settings: ServerSettings, *, reload: Callable[[], Path] | None = None) -> None:
+    """Serve an engine folder until SIGTERM or SIGINT; running videos may finish for `drain_s`.
+
+    On SIGHUP the folder that `reload` names is served from the next job on; the same one unless said.
+    """
     logs.configure()
     pipeline = VideoPipeline.load(settings.engine)
-    server = make_server(settings, pipeline)
+    folder = reload or (lambda: settings.engine)
+    server = make_server(settings, pipeline, reload=lambda: VideoPipeline.load(folder()))
     logger.info("serving %s on http://%s:%s", settings.engine, settings.host, settings.port)
     server.run()
 
 
 def make_server(
-    settings: ServerSettings, pipeline: VideoPipeline, *, limits: ServingLimits | None = None
-) -> uvicorn.Server:
-    """A server of `pipeline`, ready to run; `limits` default to what its engine allows."""
+    settings: ServerSettings,
+    pipeline: VideoPipeline,
+    *,
+    limits: ServingLimits | None = None,
+    reload: Callable[[], VideoPipeline] | None = None,
+) -> ServerProcess:
+    """A server of `pipeline`, ready to run; `limits` default to what its engine allows, `reload` to `pipeline`."""
     _require_fit(settings.max_rows, pipeline.profile)
     if not settings.api_keys:
         logger.warning("no API key is set: anyone on this machine may ask, so only %s answers", settings.host)
+    jobs = JobStore(settings.database_url, max_losses=settings.max_losses)
+    worker = Worker(jobs, pipeline, JobFiles(jobs.database, open_store(settings.store_url)), settings)
+    limits = limits or ServingLimits.of(pipeline.recipe, pipeline.profile)
     config = uvicorn.Config(
-        _make_app(settings, pipeline, limits or ServingLimits.of(pipeline.recipe, pipeline.profile)),
+        _make_app(settings, worker, limits),
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -50,7 +63,7 @@ def make_server(
         server_header=False,
         timeout_graceful_shutdown=10,
     )
-    return uvicorn.Server(config)
+    return ServerProcess(config, worker, reload or (lambda: pipeline))
 
 
 def _require_fit(max_rows: int, profile: ShapeProfile | None) -> None:
@@ -61,25 +74,17 @@ def _require_fit(max_rows: int, profile: ShapeProfile | None) -> None:
         )
 
 
-def _make_app(settings: ServerSettings, pipeline: VideoPipeline, limits: ServingLimits) -> FastAPI:
-    jobs = JobStore(settings.database_url, max_losses=settings.max_losses)
-    files = JobFiles(jobs.database, open_store(settings.store_url))
-    worker = Worker(jobs, pipeline, files, settings)
+def _make_app(settings: ServerSettings, worker: Worker, limits: ServingLimits) -> FastAPI:
+    pipeline = worker.pipeline
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
-        metrics.set_info(
-            metrics.ENGINE_INFO,
-            engine=type(pipeline.engine).__name__,
-            stage=pipeline.recipe.name,
-            digest=pipeline.digest[:12],
-        )
         worker.start()
         try:
             yield
         finally:
             await run_in_threadpool(worker.stop)
-            jobs.close()
+            worker.jobs.close()
 
     service = Service(
         settings=settings,
@@ -89,9 +94,9 @@ def _make_app(settings: ServerSettings, pipeline: VideoPipeline, limits: Serving
             limits=limits,
             count_tokens=pipeline.text_encoder.count_tokens,
         ),
-        jobs=jobs,
-        files=files,
-        worker_is_alive=lambda: worker.is_alive,
+        jobs=worker.jobs,
+        files=worker.files,
+        worker_is_alive=lambda: worker.state == "ready",
         on_created=worker.wake,
     )
     return create_app(service, lifespan=lifespan)

@@ -43,8 +43,10 @@ class ServerSettings(Config):
     """How long a finished video can be downloaded."""
     history_s: Seconds = 30 * 24 * 3600.0
     """How long an ended job is remembered, and its idempotency key with it."""
-    progress_every_s: Annotated[float, Field(ge=0)] = 0.5
+    progress_every_s: Seconds = 0.25
     """A denoise step can take milliseconds; the database hears of progress this often, and that keeps leases alive."""
+    preview_every_s: Annotated[float, Field(ge=0)] = 2.0
+    """How often a running video's preview is drawn anew."""
     idle_poll_s: Seconds = 0.5
     """How often an idle worker looks for jobs that another replica accepted."""
 

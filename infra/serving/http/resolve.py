@@ -27,6 +27,7 @@ def resolve(body: CreateVideo, model: ServedModel) -> VideoRequest:
         num_frames=_num_frames(body, fps, recipe, limits),
         fps=fps,
         num_inference_steps=_at_most("num_inference_steps", steps, limits.max_steps),
+        guidance=recipe.sampling.guidance,
         guidance_scale=_guidance_scale(body, recipe, limits),
         flow_shift=body.flow_shift or recipe.flow.shift,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,

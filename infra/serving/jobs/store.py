@@ -6,7 +6,7 @@ of where videos are kept. A job is leased by one worker at a time and found agai
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 from sqlalchemy import CursorResult, Result, delete, func, select, update
@@ -199,10 +199,11 @@ class JobStore:
             self._fail(session, job, code, message)
         return True
 
-    def release(self, owner: str) -> int:
-        """Queue all that `owner` holds again; for a worker that stops in good order, so no attempt is counted."""
+    def release(self, owner: str, ids: Collection[str] | None = None) -> int:
+        """Queue what `owner` holds again, or those of it; it was given back in good order, so no attempt is counted."""
+        held = select(Job).where(Job.owner == owner, Job.state == "in_progress").with_for_update()
         with self.database.write() as session:
-            jobs = list(session.scalars(select(Job).where(Job.owner == owner, Job.state == "in_progress")))
+            jobs = list(session.scalars(held if ids is None else held.where(Job.id.in_(ids))))
             for job in jobs:
                 _queue_again(job)
                 job.attempts -= 1
