@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flows.catalog import recipe_path
 from flows.commands import engine, registry
-from flows.commands.options import StoreOption, WorkOption, open_registry
+from flows.commands.options import StoreOption, TrustOption, WorkOption, open_registry
 from flows.commands.tables import console, print_figures, print_gate
 from model.recipe import Curriculum, dumps, load
 
@@ -268,13 +268,14 @@ def serve(
         str, typer.Option(help="address to listen on; other than loopback needs STIV_API_KEYS")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    trust: TrustOption = None,
 ) -> None:
     """Serve an engine with the OpenAI videos API until SIGTERM."""
     from infra.serving.server import serve as run
     from infra.serving.settings import ServerSettings
 
-    registry = open_registry(store)
-    engine = registry.resolve(ref)
+    registry = open_registry(store, trust)
+    engine = registry.verified(ref)
     settings = ServerSettings.from_environment(
         os.environ,
         engine=registry.fetch(engine, work / "engines" / engine.digest[:16]),
