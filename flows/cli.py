@@ -11,7 +11,7 @@ from rich.table import Table
 
 from flows.catalog import recipe_path
 from flows.commands import engine, registry
-from flows.commands.options import StoreOption, WorkOption, open_registry
+from flows.commands.options import StoreOption, TrustOption, WorkOption, open_registry
 from flows.commands.tables import console, print_figures, print_gate
 from model.recipe import Curriculum, dumps, load
 
@@ -268,15 +268,16 @@ def serve(
         str, typer.Option(help="address to listen on; other than loopback needs STIV_API_KEYS")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    trust: TrustOption = None,
 ) -> None:
     """Serve an engine with the OpenAI videos API until SIGTERM; SIGHUP fetches the ref anew and swaps the engine."""
     from infra.serving.server import serve as run
     from infra.serving.settings import ServerSettings
 
-    registry = open_registry(store)
+    registry = open_registry(store, trust)
 
     def fetch() -> Path:
-        engine = registry.resolve(ref)
+        engine = registry.verified(ref)
         return registry.fetch(engine, work / "engines" / engine.digest[:16])
 
     settings = ServerSettings.from_environment(

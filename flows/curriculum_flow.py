@@ -9,16 +9,17 @@ Each training step is a controller: it asks `infra.launch` for a gang of ranks a
 # Metaflow has no types: steps, parameters and artifacts are attributes made at run time.
 # pyright: basic, reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportUntypedFunctionDecorator=false
 
+import os
 from pathlib import Path
 
 from metaflow import FlowSpec, Parameter, card, current, step
+from metaflow.integrations import ArgoEvent
 
 from flows.cards import TrainingCard
 from flows.catalog import recipe_path
 from flows.results import stage_result
 from infra.registry.names import CODEC, DATASET, promoted
-from infra.registry.registry import Registry
-from infra.store.location import open_store
+from infra.registry.opening import open_registry
 from model.recipe import load
 
 STAGES = ("t2i", "t2v", "ti2v")
@@ -87,9 +88,12 @@ class CurriculumFlow(FlowSpec):
         # A new dict: what an earlier step kept stays as it was.
         self.results = {**self.results, name: stage_result(recipe, outcome)}
         self.seconds = {**self.seconds, name: outcome.seconds}
+        # Does nothing out of a deployed workflow; there it starts the flows that wait for it with @trigger.
+        event = ArgoEvent("stiv-promoted", payload={"ref": promoted(name), "digest": outcome.checkpoint.digest})
+        event.safe_publish()
 
     def _registry(self):
-        return Registry(open_store(str(self.store)))
+        return open_registry(str(self.store), os.environ)
 
 
 if __name__ == "__main__":

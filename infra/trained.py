@@ -43,11 +43,11 @@ class Trained:
 
 def fetch_trained(registry: Registry, ref: str, work: Path) -> Trained:
     """The checkpoint at `ref`, fetched below `work`."""
-    manifest = registry.resolve(ref)
+    manifest = registry.verified(ref)
     if manifest.kind != "checkpoint":
         raise ValueError(f"'{ref}' is of kind '{manifest.kind}'; this takes a checkpoint, such as ti2v/promoted")
     folder = registry.fetch(manifest, work / "inputs" / manifest.digest[:16])
-    codec = registry.resolve(manifest.parents["codec"])
+    codec = registry.manifest(manifest.parents["codec"])  # named by its digest in what was verified
     return Trained(
         manifest=manifest,
         recipe=loads_stage((folder / "recipe.json").read_bytes()),

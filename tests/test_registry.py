@@ -12,7 +12,15 @@ import pytest
 from infra.registry.gate import PromotionRefused, evaluate_gate
 from infra.registry.records import GateReport, Manifest
 from infra.registry.registry import Registry
-from infra.store.artifacts import AlreadyExists, ArtifactCorrupt, ArtifactNotFound, ArtifactStore, Blob, Conflict
+from infra.store.artifacts import (
+    AlreadyExists,
+    ArtifactCorrupt,
+    ArtifactNotFound,
+    ArtifactStore,
+    Blob,
+    Conflict,
+    blob_key,
+)
 from infra.store.folder import FolderStore
 from model.config import GateRule
 
@@ -107,12 +115,11 @@ def test_nothing_is_sent_when_a_file_to_publish_is_missing(local: Registry, tmp_
 
 
 def test_a_publication_broken_off_before_its_manifest_is_invisible(registry: Registry, tmp_path: Path) -> None:
-    # Files go in the order of their names; reading the last one fails like a bad sector does.
+    # Reading the last one fails like a bad sector does.
     broken = sources(tmp_path / "in") | {"z": Path("/proc/self/mem")}
     with pytest.raises(OSError, match="Input/output error"):
         registry.publish("checkpoint", broken)
-    assert len(registry.store.list("cas/")) == 2
-    assert registry.store.list("manifests/") == []
+    assert registry.store.list() == []
     manifest = publish(registry, tmp_path / "in")
     assert registry.store.list("manifests/") == [f"manifests/{manifest.digest}.json"]
 
@@ -266,6 +273,65 @@ def test_of_rival_promotions_one_wins_and_the_others_are_told(registry: Registry
     assert registry.resolve("t2v/promoted").digest == history[0].digest
     assert sorted(move.digest for move in history) == sorted([standing.digest, *winners])
     assert [move.previous for move in history] == [*(move.digest for move in history[1:]), None]
+
+
+def test_a_rollback_goes_back_and_stays_on_record(registry: Registry, tmp_path: Path) -> None:
+    one = publish(registry, tmp_path / "in", "one", BAD)
+    two = publish(registry, tmp_path / "in", "two")
+    first = registry.promote("t2v/promoted", one.digest, who="ann", why="first", override="the demo must go on")
+    registry.promote("t2v/promoted", two.digest, who="bob", why="better")
+    back = registry.rollback("t2v/promoted", who="eve", why="two draws squares")
+    assert registry.resolve("t2v/promoted") == one
+    assert (back.generation, back.restores, back.previous, back.why) == (3, 1, two.digest, "two draws squares")
+    assert (back.gate, back.override) == (first.gate, "the demo must go on"), "it stands by the override it came with"
+    assert [move.generation for move in registry.history("t2v/promoted")] == [3, 2, 1]
+
+
+def test_going_back_twice_goes_back_two_promotions(local: Registry, tmp_path: Path) -> None:
+    made = [publish(local, tmp_path / "in", str(number)) for number in range(4)]
+    for manifest in made[:3]:
+        local.promote("r", manifest.digest, who="ann", why="next")
+    assert local.rollback("r", who="ann", why="back").digest == made[1].digest
+    assert local.rollback("r", who="ann", why="further").digest == made[0].digest
+    with pytest.raises(ValueError, match="nothing before generation 1"):
+        local.rollback("r", who="ann", why="too far")
+    local.promote("r", made[3].digest, who="ann", why="new")
+    assert local.rollback("r", who="ann", why="back").digest == made[0].digest, "what stood before, not what was last"
+
+
+def test_a_rollback_to_a_generation_that_is_not_there_names_those_that_are(local: Registry, tmp_path: Path) -> None:
+    one, two = (publish(local, tmp_path / "in", mark) for mark in ("one", "two"))
+    for each in (one, two):
+        local.promote("r", each.digest, who="ann", why="next")
+    with pytest.raises(ValueError, match=r"'r' has no generation 7; it has \[1, 2\]"):
+        local.rollback("r", who="ann", why="back", to=7)
+    with pytest.raises(ValueError, match="points at generation 2 already"):
+        local.rollback("r", who="ann", why="back", to=2)
+    with pytest.raises(ValueError, match="why"):
+        local.rollback("r", who="ann", why=" ", to=1)
+    assert local.rollback("r", who="ann", why="back", to=1).digest == one.digest
+
+
+def test_an_unknown_ref_is_told_with_the_near_ones(local: Registry, tmp_path: Path) -> None:
+    local.promote("t2v/promoted", publish(local, tmp_path / "in").digest, who="ann", why="first")
+    for attempt in (
+        lambda: local.resolve("t2v/promotd"),
+        lambda: local.history("t2v/promotd"),
+        lambda: local.rollback("t2v/promotd", who="ann", why="back"),
+    ):
+        with pytest.raises(ArtifactNotFound, match=r"no ref 't2v/promotd': .* did you mean 't2v/promoted'"):
+            attempt()
+
+
+def test_an_artifact_without_rules_or_with_a_lost_file_is_not_promoted(local: Registry, tmp_path: Path) -> None:
+    ungated = local.publish("checkpoint", sources(tmp_path / "in"))
+    with pytest.raises(ValueError, match="publish the artifact with at least one"):
+        local.promote("r", ungated.digest, who="ann", why="first")
+    lost = publish(local, tmp_path / "in", "two")
+    local.store.delete(blob_key(lost.files["model.safetensors"].digest))
+    with pytest.raises(ArtifactNotFound, match=r"has lost its files \['model.safetensors'\]"):
+        local.promote("r", lost.digest, who="ann", why="first")
+    assert not local.refs()
 
 
 def test_a_move_broken_off_before_the_pointer_is_no_part_of_history(local: Registry, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class FetchedEngine:
 
 def fetch_engine(registry: Registry, ref: str, work: Path) -> FetchedEngine:
     """The engine at `ref` below `work`; a registry with a trust policy hands out no unsigned one."""
-    manifest = registry.resolve(ref)
+    manifest = registry.verified(ref)
     if manifest.kind != "engine":
         raise ValueError(f"'{ref}' is of kind '{manifest.kind}'; this takes an engine, such as engine/candidate")
     return FetchedEngine(manifest, registry.fetch(manifest, work / "engines" / manifest.digest[:16]))

@@ -143,7 +143,7 @@ def fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[R
 
 def _require_same_codec(registry: Registry, name: str, parent: Manifest, codec: Manifest) -> None:
     """Weights learnt on one codec's latents mean nothing on another's, whatever their shapes."""
-    theirs = registry.resolve(parent.parents["codec"])
+    theirs = registry.manifest(parent.parents["codec"])
     if theirs.files[CODEC_WEIGHTS] != codec.files[CODEC_WEIGHTS]:
         raise ValueError(
             f"'{promoted(name)}' was trained on codec {theirs.digest[:16]}, and '{CODEC}' is {codec.digest[:16]} with"

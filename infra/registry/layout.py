@@ -5,6 +5,12 @@ from infra.store.artifacts import check_digest, check_key
 MANIFESTS = "manifests/"
 REFS = "refs/"
 LOG = "reflog/"
+SIGNATURES = "signatures/"
+CLAIMS = "gc/claims/"
+MARKS = "gc/marks.json"
+SWEEP = "gc/sweep.json"
+RELEASE = "release/"
+"""Refs that begin so take only signed artifacts."""
 EVALUATION = "evaluation/"
 """Among an artifact's files: what was measured of it, and pictures."""
 SAMPLE_FIGURES = "evaluation/samples.json"
@@ -37,3 +43,12 @@ def ref_name(key: str) -> str:
 
 def log_key(name: str, generation: int) -> str:
     return f"{LOG}{check_key(name)}/{generation:08d}.json"
+
+
+def signature_key(digest: str, key_id: str) -> str:
+    return f"{SIGNATURES}{check_digest(digest)}/{check_digest(key_id)}.json"
+
+
+def takes_only_signed(ref: str) -> bool:
+    """Whether nothing unsigned may be promoted to that ref, or loaded by it."""
+    return ref.startswith(RELEASE)

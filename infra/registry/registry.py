@@ -7,9 +7,11 @@ S3, nor what the files of a manifest mean.
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Protocol
 from uuid import uuid4
 
 from pydantic import JsonValue
@@ -18,25 +20,41 @@ from infra.registry import copies, layout
 from infra.registry.code import running_code
 from infra.registry.gate import Champion, PromotionRefused, evaluate_gate
 from infra.registry.records import Code, GateReport, Kind, Manifest, Ref, parse, parse_manifest
+from infra.registry.signing.trust import SignatureRefused, Trust
+from infra.registry.upkeep.claims import await_sweep, claimed
 from infra.store.artifacts import (
     AlreadyExists,
     ArtifactCorrupt,
     ArtifactNotFound,
     ArtifactStore,
     Conflict,
+    OutcomeUnknown,
     Versioned,
     blob_key,
+    blob_of,
     check_key,
 )
 from model.config import ChampionRule, Rule
 from model.measures.samples import SampleFigures
 
 
+class Listener(Protocol):
+    """Who hears of every moved ref."""
+
+    def expect(self) -> None:
+        """A ref is about to be moved."""
+
+    def tell(self) -> None:
+        """It was."""
+
+
 class Registry:
     """Publish, resolve, fetch and promote artifacts of one store."""
 
-    def __init__(self, store: ArtifactStore, *, code: Code | None = None) -> None:
+    def __init__(self, store: ArtifactStore, *, code: Code | None = None, trust: Trust | None = None) -> None:
         self.store = store
+        self.trust = trust
+        self.listener: Listener | None = None
         self.code = code or running_code()
 
     def publish(
@@ -55,7 +73,8 @@ class Registry:
         `rules` is the gate that every promotion of it must pass; without one it is there to be grown from, never
         promoted. Figures by sample are read from its file `evaluation/samples.json`.
         """
-        self._check_sources(kind, files, parents or {})
+        self._check_sources(kind, files)
+        self._check_parents(kind, parents or {})
         draft = Manifest(
             kind=kind,
             files={},
@@ -67,17 +86,33 @@ class Registry:
             provenance=None if provenance is None else dict(provenance),
             created_at=datetime.now(UTC),
         )
-        manifest = draft.model_copy(
-            update={"files": {name: self.store.put_file(files[name]) for name in sorted(files)}}
-        )
-        self.store.create(layout.manifest_key(manifest.digest), manifest.canonical())
+        blobs = {name: blob_of(files[name]) for name in sorted(files)}
+        manifest = draft.model_copy(update={"files": blobs})
+        named = [blob_key(blob.digest) for blob in blobs.values()]
+        with claimed(self.store, [*named, *map(layout.manifest_key, draft.parents.values())]):
+            self._check_parents(kind, draft.parents)
+            for name, blob in blobs.items():
+                self.store.put_file(files[name], blob)
+            self.store.create(layout.manifest_key(manifest.digest), manifest.canonical())
         return manifest
 
     def resolve(self, ref_or_digest: str) -> Manifest:
-        """The manifest of that digest, or the one a ref points at."""
-        if layout.is_digest(ref_or_digest):
-            return self.manifest(ref_or_digest)
-        return self.manifest(self.ref(ref_or_digest).digest)
+        """The manifest of that digest, or the one a ref points at; by a ref under `release/` only a signed one."""
+        manifest = self.look_up(ref_or_digest)
+        if layout.takes_only_signed(ref_or_digest):
+            self._require_signature(manifest, ref_or_digest)
+        return manifest
+
+    def look_up(self, ref_or_digest: str) -> Manifest:
+        """As `resolve`, to look at only: whether it is signed is not asked."""
+        return self.manifest(ref_or_digest if layout.is_digest(ref_or_digest) else self.ref(ref_or_digest).digest)
+
+    def verified(self, ref_or_digest: str) -> Manifest:
+        """As `resolve`, for who is about to load it: where trusted keys are named, one of them must have signed it."""
+        manifest = self.resolve(ref_or_digest)
+        if self.trust is not None:
+            self._require_signature(manifest, None if layout.is_digest(ref_or_digest) else ref_or_digest)
+        return manifest
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest of that name, its bytes verified."""
@@ -135,9 +170,12 @@ class Registry:
         move replaces. A failed gate needs `override`, a reason.
 
         Raises:
-            PromotionRefused: the gate did not pass; nothing is written. Conflict: somebody moved the ref meanwhile.
+            SignatureRefused: the ref takes only signed artifacts. PromotionRefused: the gate did not pass; nothing is
+            written. Conflict: somebody moved the ref meanwhile.
         """
         manifest = self.manifest(digest)
+        if layout.takes_only_signed(ref):
+            self._require_signature(manifest, ref)
         standing, present = self._standing(ref)
         if present and (present.digest, present.restores, present.override) == (digest, None, override):
             return present
@@ -163,7 +201,9 @@ class Registry:
             raise ValueError(f"'{ref}' has no generation {wanted}; it has {sorted(moves)}")
         if target.digest == present.digest:
             raise ValueError(f"'{ref}' points at generation {wanted} already: {present.digest}")
-        self._check_files(self.manifest(target.digest))
+        manifest = self.manifest(target.digest)
+        if layout.takes_only_signed(ref):
+            self._require_signature(manifest, ref)
         facts = {"gate": target.gate, "override": target.override, "restores": target.restores or target.generation}
         return self._move(standing, _next(ref, present, digest=target.digest, who=who, why=why, **facts))
 
@@ -192,19 +232,38 @@ class Registry:
         raise ValueError(f"'{present.name}' has nothing before generation {effective.generation} to go back to")
 
     def _move(self, standing: Versioned | None, move: Ref) -> Ref:
-        """Write the move down, then make it: the swap of the pointer decides."""
+        """Write the move down, then make it: the swap of the pointer decides. Then it is told."""
+        if self.listener:
+            self.listener.expect()
+        move = self._make(standing, move)
+        if self.listener:
+            self.listener.tell()
+        return move
+
+    def _make(self, standing: Versioned | None, move: Ref) -> Ref:
         key, move = layout.ref_key(move.name), self._log(move)
+        # The entry of the log holds the artifact against a sweep that begins now; one under way may have it already.
+        await_sweep(self.store, [layout.manifest_key(move.digest)])
+        self._check_files(self.manifest(move.digest))
         try:
             if standing is None:
                 self.store.create(key, move.canonical())
             else:
                 self.store.swap(key, move.canonical(), standing.version)
+        except OutcomeUnknown:  # the answer was lost: what stands there tells
+            stored, present = self._standing(move.name)
+            if present and any(made == move for made in self._moves(present)):
+                return move
+            if (stored and stored.version) == (standing and standing.version):
+                raise
+            raise self._overtaken(move) from None
         except (AlreadyExists, Conflict) as error:
-            raise Conflict(
-                f"'{move.name}' was moved by somebody else meanwhile, to {self.ref(move.name).digest}; look at it"
-                " and try again"
-            ) from error
+            raise self._overtaken(move) from error
         return move
+
+    def _overtaken(self, move: Ref) -> Conflict:
+        standing = self.ref(move.name).digest
+        return Conflict(f"'{move.name}' was moved by somebody else meanwhile, to {standing}; look at it and try again")
 
     def _log(self, move: Ref) -> Ref:
         """Under the first free generation; a taken number is a move that was aborted or is under way."""
@@ -236,12 +295,25 @@ class Registry:
         except (ArtifactNotFound, ArtifactCorrupt) as error:
             raise type(error)(f"file '{name}' of {manifest.kind} {manifest.digest}: {error}") from error
 
+    def _require_signature(self, manifest: Manifest, ref: str | None) -> None:
+        from infra.registry.signing import signatures
+
+        if self.trust is None:
+            raise SignatureRefused(
+                f"'{ref}' takes only signed artifacts, and no key is trusted here: name a policy with --trust or"
+                " STIV_TRUST (docs/promote.md)"
+            )
+        signatures.verify(self.store, manifest, self.trust, ref)
+
     def _check_files(self, manifest: Manifest) -> None:
-        missing = [name for name, blob in manifest.files.items() if not self.store.exists(blob_key(blob.digest))]
+        keys = {name: blob_key(blob.digest) for name, blob in manifest.files.items()}
+        with ThreadPoolExecutor(8) as pool:
+            stands = dict(zip(keys, pool.map(self.store.exists, keys.values()), strict=True))
+        missing = [name for name, there in stands.items() if not there]
         if missing:
             raise ArtifactNotFound(f"{manifest.kind} {manifest.digest} has lost its files {missing}; it cannot be used")
 
-    def _check_sources(self, kind: Kind, files: Mapping[str, Path], parents: Mapping[str, str]) -> None:
+    def _check_sources(self, kind: Kind, files: Mapping[str, Path]) -> None:
         """All that can be wrong is found before the first byte is sent."""
         if not files:
             raise ValueError(f"a {kind} without files cannot be published")
@@ -249,6 +321,8 @@ class Registry:
             check_key(name)
             if not path.is_file():
                 raise ValueError(f"file '{name}' of the {kind} to publish: {path} is not a file")
+
+    def _check_parents(self, kind: Kind, parents: Mapping[str, str]) -> None:
         for role, digest in parents.items():
             if not self.store.exists(layout.manifest_key(digest)):
                 raise ArtifactNotFound(f"parent '{role}' of the {kind} to publish: no manifest {digest} is published")
