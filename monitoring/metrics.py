@@ -171,6 +171,12 @@ HTTP_REQUESTS_TOTAL = Counter(
 REQUEST_REJECTED_TOTAL = Counter(
     "stiv_request_rejected_total", "Requests refused before a job was made, by reason.", ["reason"], registry=SERVING
 )
+WEBHOOKS_TOTAL = Counter(
+    "stiv_webhooks_total",
+    "Tries to tell a client of an ended video, by outcome: delivered, failed or given_up.",
+    ["outcome"],
+    registry=SERVING,
+)
 
 # Until the first measurement 0 would be a lie: a perfect loss, an exact engine.
 for _unmeasured in (

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from infra.serving import media
+from infra.serving.safety.decoding import BadUpload, Wanted, decode
 from model.data import moving_shapes
 
 CLIP = next(iter(moving_shapes.generate(1, num_frames=8, size=32, seed=3))).frames
@@ -19,7 +20,8 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def conditioned(data: bytes, *, width: int = 32, height: int = 32, max_pixels: int = 10_000) -> np.ndarray:
-    return media.read_image(media.conditioning_image(data, width=width, height=height, max_pixels=max_pixels))
+    wanted = Wanted("image", width, height, max_pixels=max_pixels, max_side=20_000, max_seconds=5)
+    return media.read_image(decode(data, wanted))
 
 
 def test_an_mp4_decodes_to_its_frames_and_starts_with_its_index(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_a_photo_is_turned_upright_and_transparency_is_dropped() -> None:
     ],
 )
 def test_what_cannot_be_a_first_frame_is_refused(data: bytes, words: str) -> None:
-    with pytest.raises(media.BadImage, match=words):
+    with pytest.raises(BadUpload, match=words):
         conditioned(data)
 
 
@@ -107,5 +109,5 @@ def test_every_flipped_byte_is_either_read_or_refused() -> None:
             data[position] ^= 0xFF
             try:
                 assert conditioned(bytes(data)).shape == (1, 32, 32, 3)
-            except media.BadImage:
+            except BadUpload:
                 continue

@@ -1,7 +1,8 @@
 import pytest
 
+from infra.serving.http.errors import ApiError
 from infra.serving.http.resolve import resolve
-from infra.serving.http.schema import ApiError, parse_create
+from infra.serving.http.schema import CreateVideo, parse
 from infra.serving.limits import ServedModel, ServingLimits, VideoRequest
 from infra.serving.settings import ServerSettings
 from tests.tiny_server import WordEncoder, tiny_recipe
@@ -11,7 +12,7 @@ MODEL = ServedModel("stiv-tiny", RECIPE, ServingLimits.of(RECIPE), WordEncoder()
 
 
 def ask(**fields: object) -> VideoRequest:
-    return resolve(parse_create({"prompt": "a red circle", **fields}), MODEL)
+    return resolve(parse(CreateVideo, {"prompt": "a red circle", **fields}), MODEL)
 
 
 def refusal(**fields: object) -> ApiError:
@@ -81,8 +82,12 @@ def test_a_request_survives_json() -> None:
         ({"seed": -1}, "seed", ["greater than or equal to 0"]),
         ({"seed": 2**63}, "seed", [f"less than or equal to {2**63 - 1}"]),
         ({"n": 2}, "n", ["unknown field 'n'", "num_inference_steps", "input_reference"]),
-        ({"input_reference": "https://example.com/a.png"}, "input_reference", ["uploaded image file", "not fetched"]),
-        ({"input_reference[image_url]": "x"}, "input_reference", ["uploaded image file"]),
+        (
+            {"input_reference": "https://example.com/a.png"},
+            "input_reference",
+            ["upload an image file", "data:image/png"],
+        ),
+        ({"input_reference": {"url": "x"}}, "input_reference", ["upload an image file"]),
     ],
 )
 def test_a_refusal_names_the_field_the_value_and_the_way_out(
@@ -97,7 +102,7 @@ def test_a_refusal_names_the_field_the_value_and_the_way_out(
 
 def test_a_missing_prompt_is_named() -> None:
     with pytest.raises(ApiError, match="prompt: Field required") as caught:
-        parse_create({})
+        parse(CreateVideo, {})
     assert caught.value.envelope.error.code == "missing_required_parameter"
 
 

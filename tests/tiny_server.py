@@ -4,20 +4,29 @@ Run as a script it is a server process, to be killed and started again: `python 
 """
 
 import io
+import socket
 import sys
+import threading
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import httpx
+import numpy as np
+import openai
 import torch
+import uvicorn
 from PIL import Image
 from torch import Tensor
 
 from export.engines.torch import TorchEngine
-from infra.serving import media
-from infra.serving.limits import VideoRequest
+from infra.serving.limits import ServingLimits, VideoRequest
 from infra.serving.pipeline import VideoPipeline
+from infra.serving.safety.decoding import Wanted, decode
 from infra.serving.server import make_server
 from infra.serving.settings import ServerSettings
 from model.conditioning import Conditions
@@ -30,6 +39,7 @@ from model.vae import PatchPca
 from monitoring import logs
 
 KEY = "sk-test"
+BODY_LIMIT = 300_000
 CLIP = next(iter(moving_shapes.generate(1, num_frames=8, size=32, seed=3))).frames
 
 
@@ -84,7 +94,8 @@ def request(prompt: str = "a red circle moves right", **changes: object) -> Vide
 def image() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(CLIP[0]).save(buffer, "PNG")
-    return media.conditioning_image(buffer.getvalue(), width=32, height=32, max_pixels=4096)
+    wanted = Wanted(kind="image", width=32, height=32, max_pixels=4096, max_side=4096, max_seconds=5)
+    return decode(buffer.getvalue(), wanted)
 
 
 def tiny_recipe(*, task: str = "ti2v", stochastic: bool = False, solver: str = "heun") -> StageRecipe:
@@ -135,6 +146,43 @@ def tiny_settings(folder: Path, **changes: object) -> ServerSettings:
             **changes,
         }
     )
+
+
+def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+@dataclass
+class Running:
+    url: str
+    server: uvicorn.Server
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(api_key=KEY, base_url=f"{self.url}/v1", max_retries=0)
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=30)
+
+
+@contextmanager
+def serving(folder: Path, pipeline: VideoPipeline, **settings: object) -> Iterator[Running]:
+    limits = ServingLimits.of(pipeline.recipe).model_copy(
+        update={"max_body_bytes": BODY_LIMIT, "max_image_pixels": 100_000}
+    )
+    server = make_server(tiny_settings(folder, **settings), pipeline, limits=limits)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+        server.should_exit = True
+        thread.join()
 
 
 if __name__ == "__main__":

@@ -118,3 +118,10 @@ class ServedModel:
     @property
     def takes_image(self) -> bool:
         return "ti2v" in self.recipe.tasks
+
+    @property
+    def continued_frames(self) -> int:
+        """Last frames of a video that the model can go on from; 0 if it cannot."""
+        if "prediction" in self.recipe.tasks:
+            return self.recipe.conditioning.prediction_frames
+        return 1 if self.takes_image else 0

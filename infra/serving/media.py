@@ -1,12 +1,10 @@
-"""Files in and out: the uploaded image becomes the conditioning frame; frames become mp4, thumbnail and sprite sheet.
+"""Frames become files: mp4, thumbnail, sprite sheet, and what a job starts from, which is read back.
 
-It owns formats and their checks; it knows nothing of jobs, latents or where files are kept.
+It owns formats; it knows nothing of jobs, latents, uploads (`safety`) or where files are kept.
 """
 
 import io
 import math
-import struct
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,44 +13,9 @@ import numpy as np
 from av.container import OutputContainer
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from PIL import Image
 
 from model.generation import Clip
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What PIL raises on broken files."""
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""Hundreds of megapixels; the warning is an exception only where the process makes it one."""
-
-
-class BadImage(ValueError):
-    """An upload that cannot be the first frame."""
-
-
-def conditioning_image(data: bytes, *, width: int, height: int, max_pixels: int) -> bytes:
-    """The upload as a PNG of exactly width x height: turned upright, scaled to cover, cropped at the centre."""
-    allowed = ", ".join(FORMATS)
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImage(
-                    f"the image has {image.width}x{image.height} = {image.width * image.height} pixels,"
-                    f" at most {max_pixels} are read; scale it down"
-                )
-            image.verify()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # verify() leaves an image that cannot be read
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except BadImage:
-        raise
-    except _BOMB:
-        raise BadImage(f"the image has far more than {max_pixels} pixels; scale it down") from None
-    except _UNREADABLE:
-        raise BadImage(
-            f"the {len(data)} bytes are not a readable image; upload one of {allowed}, complete and undamaged"
-        ) from None
-    return _encoded(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS), "PNG")
 
 
 def read_image(data: bytes) -> Clip:

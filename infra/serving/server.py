@@ -8,23 +8,32 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import uvicorn
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from export.profiles import ShapeProfile
-from infra.serving.http.app import Service, create_app
+from infra.serving.clients.keys import KeyRing, RateLimit
+from infra.serving.clients.webhooks import WebhookSender, receivers
+from infra.serving.http.app import create_app
+from infra.serving.http.connection import uvicorn_config
+from infra.serving.http.service import Service
 from infra.serving.jobs.files import JobFiles
 from infra.serving.jobs.store import JobStore
 from infra.serving.limits import ServedModel, ServingLimits
 from infra.serving.pipeline import VideoPipeline
 from infra.serving.process import ServerProcess
+from infra.serving.safety.moderation import open_moderator
+from infra.serving.scheduling.outlook import Outlook
 from infra.serving.settings import ServerSettings
 from infra.serving.worker.worker import Worker
 from infra.store.location import open_store
 from monitoring import logs
 
 logger = logging.getLogger(__name__)
+
+MAKERS = 8
+"""Threads that read uploads and make jobs."""
 
 
 def serve(settings: ServerSettings, *, reload: Callable[[], Path] | None = None) -> None:
@@ -49,21 +58,18 @@ def make_server(
 ) -> ServerProcess:
     """A server of `pipeline`, ready to run; `limits` default to what its engine allows, `reload` to `pipeline`."""
     _require_fit(settings.max_rows, pipeline.profile)
-    if not settings.api_keys:
+    if not settings.needs_keys:
         logger.warning("no API key is set: anyone on this machine may ask, so only %s answers", settings.host)
-    jobs = JobStore(settings.database_url, max_losses=settings.max_losses)
+    keys = KeyRing.of(settings)
+    told = receivers(settings, keys)
+    jobs = JobStore(settings.database_url, notifies=told.any, max_losses=settings.max_losses)
     worker = Worker(jobs, pipeline, JobFiles(jobs.database, open_store(settings.store_url)), settings)
+    webhooks = WebhookSender(jobs, told.find) if told.any else None
     limits = limits or ServingLimits.of(pipeline.recipe, pipeline.profile)
-    config = uvicorn.Config(
-        _make_app(settings, worker, limits),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-    return ServerProcess(config, worker, reload or (lambda: pipeline))
+    made: list[ServerProcess] = []
+    app = _make_app(worker, webhooks, keys, limits, is_stopping=lambda: bool(made) and made[0].should_exit)
+    made.append(ServerProcess(uvicorn_config(app, settings), worker, reload or (lambda: pipeline)))
+    return made[0]
 
 
 def _require_fit(max_rows: int, profile: ShapeProfile | None) -> None:
@@ -74,16 +80,27 @@ def _require_fit(max_rows: int, profile: ShapeProfile | None) -> None:
         )
 
 
-def _make_app(settings: ServerSettings, worker: Worker, limits: ServingLimits) -> FastAPI:
-    pipeline = worker.pipeline
+def _make_app(
+    worker: Worker,
+    webhooks: WebhookSender | None,
+    keys: KeyRing,
+    limits: ServingLimits,
+    *,
+    is_stopping: Callable[[], bool],
+) -> FastAPI:
+    settings, pipeline = worker.settings, worker.pipeline
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
         worker.start()
+        if webhooks:
+            webhooks.start()
         try:
             yield
         finally:
             await run_in_threadpool(worker.stop)
+            if webhooks:
+                await run_in_threadpool(webhooks.stop)
             worker.jobs.close()
 
     service = Service(
@@ -96,7 +113,20 @@ def _make_app(settings: ServerSettings, worker: Worker, limits: ServingLimits) -
         ),
         jobs=worker.jobs,
         files=worker.files,
-        worker_is_alive=lambda: worker.state == "ready",
+        worker_state=lambda: worker.state,
         on_created=worker.wake,
+        on_deleted=worker.cancel,
+        retry_after_s=lambda: _room_in_s(worker.jobs, settings),
+        is_stopping=is_stopping,
+        keys=keys,
+        makers=CapacityLimiter(MAKERS),
+        rate=RateLimit(settings.requests_per_minute),
+        moderator=open_moderator(settings),
     )
     return create_app(service, lifespan=lifespan)
+
+
+def _room_in_s(jobs: JobStore, settings: ServerSettings) -> float:
+    """When a full queue will have room again, by what its replicas said last."""
+    outlook = Outlook.merge([Outlook.from_json(said) for said in jobs.states(settings.lease_s)])
+    return outlook.retry_after(jobs.waiting(settings.max_queued))

@@ -1,6 +1,7 @@
 """What a server process is told at its start. It knows nothing of the served model, which brings its own recipe."""
 
 import ipaddress
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -24,13 +25,36 @@ class ServerSettings(Config):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_keys: tuple[SecretStr, ...] = ()
-    """Bearer keys; without any the server answers loopback only."""
+    """Bearer keys as they are; without these and `keys_file` the server answers loopback only."""
+    keys_file: Path | None = None
+    """TOML with a `[[key]]` for each client: name, sha256, and what it may do."""
+    requests_per_minute: Positive = 3000
+    """Of one client, where its key does not say; ten seconds' worth may come at once."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names this server is reached by, where it serves without keys; other Host headers are refused then."""
+    image_hosts: tuple[str, ...] = ()
+    """Hosts that an https `image_url` may be fetched from; none by default, so nothing is fetched."""
+    body_timeout_s: Seconds = 60.0
+    """How long a request's body may take to arrive."""
+    head_timeout_s: Seconds = 10.0
+    """How long a connection may take to say what it wants."""
+    max_connections: Positive = 4096
+    """Open at once; beyond it a connection is answered 503 and closed."""
+    webhook_url: str | None = None
+    """Told of every video that is completed or failed, if its key names no URL of its own."""
+    webhook_secret: SecretStr | None = None
+    """What webhooks are signed with: `whsec_` and base64."""
+    moderation_url: str | None = None
+    """An endpoint like OpenAI's /v1/moderations, asked about prompts, uploads and finished frames."""
+    moderation_token: SecretStr | None = None
+    moderation_command: tuple[str, ...] = ()
+    """Or a program that is asked; see `infra.serving.safety.moderation`."""
+    embed_prompt: bool = False
+    """Whether the prompt is written into the video file."""
     max_rows: Positive = 4
     """Videos denoised at the same time."""
     max_queued: Positive = 64
     """Videos that may wait; beyond it a request is answered 429."""
-    retry_after_s: Positive = 10
-    """What a refused client is told to wait."""
     lease_s: Seconds = 120.0
     """A job whose worker is not heard of for so long is given to another; longer than the slowest denoise step."""
     max_losses: Positive = 3
@@ -52,23 +76,40 @@ class ServerSettings(Config):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], **settings: Any) -> Self:
-        """Settings with the secrets and the endpoints of the environment.
+        """Settings with the secrets and the endpoints of the environment: STIV_ and a field's name in capitals.
 
-        STIV_API_KEYS, separated by commas; STIV_DATABASE_URL and STIV_VIDEOS_URL in place of those in `settings`.
+        STIV_API_KEYS is separated by commas. STIV_DATABASE_URL and STIV_VIDEOS_URL stand in place of those in
+        `settings`.
         """
         keys = [key.strip() for key in environment.get("STIV_API_KEYS", "").split(",")]
+        names = ("keys_file", "webhook_url", "webhook_secret", "moderation_url", "moderation_token")
+        variables = {name: f"STIV_{name.upper()}" for name in names}
         places = {"database_url": "STIV_DATABASE_URL", "store_url": "STIV_VIDEOS_URL"}
-        shared = {name: environment[variable] for name, variable in places.items() if environment.get(variable)}
-        return cls.model_validate({"api_keys": [key for key in keys if key], **settings, **shared})
+        said: dict[str, Any] = {
+            name: environment[key] for name, key in (variables | places).items() if environment.get(key)
+        }
+        command = shlex.split(environment.get("STIV_MODERATION_COMMAND", ""))
+        own = {"api_keys": [key for key in keys if key], "moderation_command": command}
+        return cls.model_validate({**own, **settings, **said})
 
     @model_validator(mode="after")
     def _open_to_the_world_needs_keys(self) -> Self:
-        if not self.api_keys and not is_loopback(self.host):
+        if not self.needs_keys and not is_loopback(self.host):
             raise ValueError(
                 f"host '{self.host}' can be reached from other machines, but no API key is set:"
-                " set STIV_API_KEYS, or serve on 127.0.0.1"
+                " set STIV_KEYS_FILE or STIV_API_KEYS, or serve on 127.0.0.1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _webhooks_are_signed(self) -> Self:
+        if self.webhook_url is not None and self.webhook_secret is None:
+            raise ValueError("webhook_url is set without webhook_secret: receivers could not tell who calls")
+        return self
+
+    @property
+    def needs_keys(self) -> bool:
+        return bool(self.api_keys) or self.keys_file is not None
 
 
 def is_loopback(host: str) -> bool:

@@ -1,42 +1,70 @@
-"""Reading the body of POST /v1/videos: multipart or JSON, never more than the limit held in memory or on disk.
+"""Reading a request's body: multipart or JSON, never more than the limit held in memory or on disk, never for ever.
 
 It owns body formats and their refusals; it knows nothing of what the fields mean (`schema`) or of routes.
 """
 
+import asyncio
 import json
-from dataclasses import dataclass
-from typing import cast
+import re
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from fastapi import Request
+from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
-from infra.serving.http.schema import FILE_FIELD, ApiError
+from infra.serving.http.errors import ApiError, shown
 from infra.serving.limits import MEBIBYTE
 
 DRAINED_BYTES = 64 * MEBIBYTE
 """Read and dropped beyond the limit, so that a client still sending sees the 413 and not a broken connection."""
+MAX_FIELDS = 50
+BRACKETED = re.compile(r"(\w{1,40})\[(\w{1,40})\]")
+"""How a form writes a field of an object: `video[id]`."""
 
 
 @dataclass(frozen=True, slots=True)
-class CreateBody:
+class Body:
     fields: dict[str, object]
-    image: bytes | None
+    file: bytes | None = field(default=None, repr=False)
+    """The one upload, where the request carries it."""
 
 
-async def read_create_body(request: Request, *, max_bytes: int) -> CreateBody:
+async def read_body(request: Request, max_bytes: int, timeout_s: float, *, file_field: str | None = None) -> Body:
+    """`timeout_s` is for the whole body; `file_field` is the form field that may carry a file."""
     limited = Request(request.scope, _Limited(request, max_bytes).receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        return await _read_multipart(limited, max_bytes)
-    if kind == "application/json":
-        return CreateBody(_json_object(await limited.body()), None)
+    try:
+        async with asyncio.timeout(timeout_s):
+            if kind == "multipart/form-data":
+                return await _read_multipart(limited, max_bytes, file_field)
+            if kind == "application/json":
+                return Body(_json_object(await limited.body()))
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the request body did not arrive in {timeout_s:g} s; send it again",
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
     raise ApiError(
         415,
-        f"content type '{kind or 'none'}' is not read here; send multipart/form-data or application/json",
+        f"content type '{shown(kind or 'none')}' is not read here; send multipart/form-data or application/json",
         code="unsupported_content_type",
     )
+
+
+def described(kind: type[BaseModel], *, file_field: str | None = None) -> dict[str, Any]:
+    """The body for the OpenAPI document, where the route reads it by itself."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    form = schema
+    if file_field is not None:
+        form = {**schema, "properties": {**schema["properties"], file_field: {"type": "string", "format": "binary"}}}
+    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 class _Limited:
@@ -54,7 +82,7 @@ class _Limited:
             await self._drain(message)
             raise ApiError(
                 413,
-                f"the request body is larger than {self._max_bytes} bytes; upload a smaller image",
+                f"the request body is larger than {self._max_bytes} bytes; upload a smaller file",
                 code="request_too_large",
                 headers={"connection": "close"},
             )
@@ -66,25 +94,45 @@ class _Limited:
             self._seen += len(message.get("body", b""))
 
 
-async def _read_multipart(request: Request, max_bytes: int) -> CreateBody:
+async def _read_multipart(request: Request, max_bytes: int, file_field: str | None) -> Body:
     fields: dict[str, object] = {}
-    image: bytes | None = None
+    file: bytes | None = None
     try:
-        async with request.form(max_files=1, max_fields=50, max_part_size=max_bytes) as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=max_bytes) as form:
             for name, value in form.multi_items():
-                if name in fields or (name == FILE_FIELD and image is not None):
-                    raise ApiError(400, f"field '{name}' was sent twice; send it once", param=name)
                 if not isinstance(value, UploadFile):
-                    fields[name] = value
-                elif name == FILE_FIELD:
-                    image = await value.read()
+                    _add(fields, name, value)
+                elif name == file_field and name not in fields:
+                    file = await value.read()
                 else:
+                    known = f"; upload the file as {file_field}" if file_field else "; this route takes no file"
                     raise ApiError(
-                        400, f"file field '{name}' is not read; upload the image as {FILE_FIELD}", param=name
+                        400, f"file field '{shown(name)}' is not read{known}", param=shown(name), code="unknown_file"
                     )
     except HTTPException as error:
         raise ApiError(400, f"the multipart body cannot be read: {error.detail}", code="invalid_body") from None
-    return CreateBody(fields, image)
+    if file is not None and file_field in fields:
+        raise _sent_twice(file_field)
+    return Body(fields, file)
+
+
+def _add(fields: dict[str, object], name: str, value: str) -> None:
+    target, key = fields, name
+    if bracketed := BRACKETED.fullmatch(name):
+        outer, key = bracketed.groups()
+        inner = fields.setdefault(outer, {})
+        if not isinstance(inner, dict):
+            raise _sent_twice(outer)
+        target = cast("dict[str, object]", inner)
+    if key in target:
+        raise _sent_twice(name)
+    target[key] = value
+
+
+def _sent_twice(name: str) -> ApiError:
+    return ApiError(
+        400, f"field '{shown(name)}' was sent twice; send it once", param=shown(name), code="repeated_field"
+    )
 
 
 def _json_object(data: bytes) -> dict[str, object]:
