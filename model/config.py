@@ -302,6 +302,8 @@ class SamplingConfig(Config):
     """What given frames are in a pass without them: on their noisy path, or zero latents (paper App. J.3)."""
     renormalize: bool = True
     """CFG-Renorm: keep the guided velocity's norm at the conditional one's."""
+    step_cache: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share by which a row's prediction may have moved before it is computed again (`step_cache`); 0 is off."""
 
 
 class ExportConfig(Config):

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.conditioning import Conditions, replace_frames
 from model.config import SamplingConfig
 from model.flow_matching import interpolate, shift_timesteps
+from model.step_cache import StepCache, recall
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 """(latents [R, T, C, H, W], t [R], conditions of R rows) -> velocity; what an engine or a network offers."""
@@ -118,6 +119,10 @@ class ImageCondition:
     noise: Tensor
     """[B, T, C, H, W]: start of the straight path that the clean frames follow in the null branch."""
 
+    def rows(self, index: Tensor) -> "ImageCondition":
+        """Of the rows `index` int [R]."""
+        return ImageCondition(self.latents[index], self.frame_mask[index], self.noise[index])
+
 
 @dataclass(slots=True, frozen=True)
 class GuidingVelocity:
@@ -207,11 +212,39 @@ class Step:
 
 def denoise_step(velocity: Velocity, latents: Tensor, step: Step, guidance: Guidance, image: ImageCondition) -> Tensor:
     """Latents at `step.end`. Euler calls the network once, Heun twice."""
+    return _moved(lambda x, t: guided_velocity(velocity, x, t, guidance, image), latents, step, image)
+
+
+def cached_step(
+    velocity: Velocity, latents: Tensor, step: Step, guidance: Guidance, image: ImageCondition, cache: StepCache
+) -> tuple[Tensor, StepCache]:
+    """`denoise_step` in which a velocity that `cache` may foretell is not computed; a call without any is not made.
+
+    Rows whose threshold is 0 are computed always, to the bit as without a cache. A row's first two velocities and that
+    of its last step are computed whatever its threshold.
+    """
+    last = step.end >= 1.0
+
+    def compute(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        if len(rows) == len(latents):
+            return guided_velocity(velocity, x, t, guidance, image)
+        return guided_velocity(velocity, x, t, guidance.rows(rows), image.rows(rows))
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal cache
+        v, cache = recall(compute, x, t, cache, free=~image.frame_mask, must=last & (t == step.start))
+        return v
+
+    return _moved(guided, latents, step, image), cache
+
+
+def _moved(guided: Callable[[Tensor, Tensor], Tensor], latents: Tensor, step: Step, image: ImageCondition) -> Tensor:
+    """Latents at `step.end` along `guided`, the velocity at (x [B, T, C, H, W], t [B])."""
     size = _per_row(step.end - step.start)
     diffuses = _per_row(step.end < 1.0)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
-        v = guided_velocity(velocity, x, t, guidance, image)
+        v = guided(x, t)
         if step.diffusion_noise is None:
             return v
         return torch.where(diffuses, v + _per_row(_diffusion(t)) * _score(v, x, t), v)
@@ -242,16 +275,20 @@ def sample_steps(
     """Latents [B, T, C, H, W] after each denoise step, from noise of that shape; the last are at t = 1.
 
     Clean frames come back as given. `config` says how the passes of `guidance` are combined; the scales a row has in
-    `guidance` stay.
+    `guidance` stay. With `config.step_cache` some of the velocities are foretold.
     """
     guidance = guidance.configured(config)
+    cache = StepCache.empty(noise, torch.full((len(noise),), config.step_cache)) if config.step_cache else None
     latents = replace_frames(noise, image.noise, image.frame_mask)
     schedule = timestep_schedule(config.num_steps, shift)
     for start, end in pairwise(schedule):
         rows = noise.shape[0]
         diffusion = torch.randn(noise.shape, generator=generator) if config.stochastic and end < 1.0 else None
         step = Step(start.expand(rows), end.expand(rows), config.solver, diffusion)
-        latents = denoise_step(velocity, latents, step, guidance, image)
+        if cache is None:
+            latents = denoise_step(velocity, latents, step, guidance, image)
+        else:
+            latents, cache = cached_step(velocity, latents, step, guidance, image, cache)
         yield latents
 
 

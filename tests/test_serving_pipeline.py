@@ -133,6 +133,19 @@ def test_a_row_is_sampled_as_the_sampler_does() -> None:
     assert torch.equal(finish(pipeline, [row])["job"], wanted)
 
 
+def test_a_recipe_with_a_step_cache_is_served_with_one_and_asks_the_engine_for_fewer_rows() -> None:
+    recipe = tiny_recipe()
+    sampling = recipe.sampling.model_copy(update={"step_cache": 0.9})
+    pipeline = tiny_pipeline(recipe.model_copy(update={"sampling": sampling}))
+    row = pipeline.prepare("job", *UNLIKE["image"])
+    config = SamplingConfig(solver="heun", stochastic=False, num_steps=4, guidance_scale=3.0, step_cache=0.9)
+    guidance = Guidance(row.conditional, row.null, torch.tensor([3.0]))
+    with torch.inference_mode():
+        *_, wanted = sample_steps(pipeline.engine.denoise, row.latents, guidance, row.image, config)
+    assert torch.equal(finish(pipeline, [row])["job"], wanted)
+    assert row.cache.foretold > 0 and row.cache.computed + row.cache.foretold == 2 * 4
+
+
 @pytest.mark.parametrize("guidance", ["separate", "none"])
 def test_every_guidance_is_served_as_the_sampler_draws_it(guidance: GuidanceKind) -> None:
     pipeline = tiny_pipeline()

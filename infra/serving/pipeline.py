@@ -31,10 +31,11 @@ from model.sampler import (
     ImageCondition,
     Solver,
     Step,
-    denoise_step,
+    cached_step,
     no_image,
     timestep_schedule,
 )
+from model.step_cache import StepCache
 from model.text import TextEncoder, load_text_encoder
 from model.vae import FrameCodec, load_codec
 
@@ -60,6 +61,8 @@ class DenoiseRow:
     null: Conditions
     image: ImageCondition
     sampling: SamplingConfig
+    cache: StepCache
+    """What it remembers where `sampling.step_cache` is on."""
     engine: str
     """Digest of the engine that draws it."""
     source: Clip | None = None
@@ -193,6 +196,7 @@ class VideoPipeline:
             null=both.rows(slice(1, 2)),
             image=no_image(noise) if given is None else self._image_condition(given, noise),
             sampling=self.recipe.sampling,
+            cache=StepCache.empty(noise, torch.tensor([self.recipe.sampling.step_cache])),
             engine=self.digest,
             source=source,
         )
@@ -223,9 +227,10 @@ class VideoPipeline:
             noise=torch.cat([row.image.noise for row in rows]),
         )
         latents = torch.cat([row.latents for row in rows])
-        moved = denoise_step(self.velocity, latents, step, guidance, image)
-        for row, its_latents in zip(rows, moved.chunk(len(rows)), strict=True):
-            row.latents = its_latents
+        cache = StepCache.stack([row.cache for row in rows])
+        moved, cache = cached_step(self.velocity, latents, step, guidance, image, cache)
+        for place, row in enumerate(rows):
+            row.latents, row.cache = moved[place : place + 1], cache.rows(slice(place, place + 1))
             row.step += 1
 
     @torch.inference_mode()
