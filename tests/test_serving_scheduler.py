@@ -141,6 +141,15 @@ def test_misuse_is_refused() -> None:
     assert scheduler.next_batch() and scheduler.free_rows == 0
 
 
+def test_a_job_that_no_call_can_hold_is_leased_to_be_refused_and_holds_up_nobody() -> None:
+    scheduler, _ = make(2)
+    assert scheduler.choose([job("wide", rows=3), job("fits", 9.0)], 5) == ["wide"]
+    with pytest.raises(ValueError, match="takes 3 engine rows"):
+        scheduler.admit(SimulatedRow(job("wide", rows=3), 5))
+    scheduler.leave("wide")
+    assert scheduler.choose([job("fits", 9.0)], 5) == ["fits"]
+
+
 def test_a_row_that_needs_no_engine_row_rides_free() -> None:
     scheduler, _ = make(2)
     scheduler.admit(SimulatedRow(job("computes"), 5))

@@ -236,8 +236,8 @@ class Scheduler(Generic[Row]):
         rows, limit, longest_s = 0, self.rows_of(leader.cost_key), float("inf")
         measured = leader.cost_key in self.cost.prices.buckets
         for one in (leader, *ordered):
-            if one.key != leader.key or rows + one.rows > limit or (batch and one is leader):
-                continue
+            if batch and (one is leader or one.key != leader.key or rows + one.rows > limit):
+                continue  # the leader is taken even if no call holds it: `admit` refuses it, and it holds up nobody
             call_s, may_take_s = self.cost.seconds(one.cost_key, rows + one.rows), one.longest_call_s(now)
             if measured and call_s > longest_s:
                 break
