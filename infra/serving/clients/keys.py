@@ -31,7 +31,7 @@ Priority = Annotated[int, Field(ge=PRIORITY_BOUNDS[0], le=PRIORITY_BOUNDS[1])]
 class Client(Config):
     """Who a request comes from. Without keys there is one, whose name is empty."""
 
-    name: Annotated[str, Field(max_length=100, pattern=r"^[\w.@-]*$")] = ""
+    name: Annotated[str, Field(max_length=64, pattern=r"^[\w.@-]*$")] = ""
     """Kept with each job; a client sees no other's videos."""
     max_active: Positive | None = None
     """Videos that may wait or run at the same time."""
@@ -62,9 +62,14 @@ class Client(Config):
 class ApiKey(Client):
     """One entry of the keys file."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w.@-]+$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of the key, in hex."""
+
+    @model_validator(mode="after")
+    def _is_named(self) -> "ApiKey":
+        if not self.name:
+            raise ValueError("name is missing: jobs are kept under it")
+        return self
 
 
 class KeyRing:
