@@ -37,7 +37,8 @@ class _Bucket:
         """All of it, in calls as full as they can be; no video takes two steps in one call."""
         rows = min(self.rows, max_rows)
         calls = max(self.most_steps, self.row_steps / rows) if rows else self.most_steps
-        return calls * prices.seconds(cost_key, rows)
+        call_s, row_s = prices.line(cost_key)
+        return calls * call_s + self.row_steps * row_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Outlook:
             bucket = buckets.setdefault(one.cost_key, _Bucket())
             bucket.add(one)
             seconds[one.cost_key] = bucket.seconds(one.cost_key, self.max_rows, self.prices)
-            own_s = one.steps * self.prices.seconds(one.cost_key, min(bucket.rows, self.max_rows))
+            own_s = one.steps * self.prices.seconds(one.cost_key, one.rows)
             done[one.id] = max(sum(seconds.values()) / self.replicas, own_s)
         total_s = sum(seconds.values()) / self.replicas
         slowed = 1 - self.policy.late_share if any(one.is_late(self.at) for one in ordered) else 1.0
