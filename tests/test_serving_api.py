@@ -318,7 +318,7 @@ def test_the_openapi_document_describes_both_bodies(http: httpx.Client) -> None:
 
 
 def test_a_full_queue_answers_429_with_a_time_to_wait(tmp_path: Path, pipeline: VideoPipeline) -> None:
-    settings = {"max_rows": 1, "max_queued": 1, "drain_s": 0, "retry_after_s": 3}
+    settings = {"max_rows": 1, "max_queued": 1, "drain_s": 0}
     with serving(tmp_path, pipeline, **settings) as running, running.client as client:
         long: dict[str, Any] = {"prompt": "a circle", "extra_body": {"num_inference_steps": 200, "num_frames": 32}}
         first = client.videos.create(**long)
@@ -328,7 +328,7 @@ def test_a_full_queue_answers_429_with_a_time_to_wait(tmp_path: Path, pipeline: 
         error = refused(lambda: client.videos.create(**long))
         assert isinstance(error, openai.RateLimitError)
         assert (error.code, error.type) == ("queue_full", "rate_limit_error")
-        assert error.response.headers["retry-after"] == "3"
+        assert int(error.response.headers["retry-after"]) >= 1
 
 
 def test_content_expires(tmp_path: Path, pipeline: VideoPipeline) -> None:
