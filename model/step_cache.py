@@ -108,7 +108,7 @@ def _masked(x: Tensor, free: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
+    return x.flatten(1).square().sum(1).sqrt()
 
 
 def _per_row(values: Tensor) -> Tensor:
