@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from infra.evaluation import MAX_IMAGE_PIXELS
+from infra.evaluation import read_first_frame
 from infra.registry.registry import Registry
 from infra.serving import media
 from infra.trained import fetch_trained
@@ -79,11 +79,7 @@ def _read(paths: Sequence[Path], video: VideoConfig) -> Iterator[Clip]:
         if suffix in VIDEO_SUFFIXES:
             yield from (frame[None] for frame in read_frames(path, height=video.height, width=video.width))
         elif suffix in IMAGE_SUFFIXES:
-            try:
-                size = {"width": video.width, "height": video.height}
-                yield media.read_image(media.conditioning_image(path.read_bytes(), **size, max_pixels=MAX_IMAGE_PIXELS))
-            except media.BadImage as error:
-                raise ValueError(f"--frames {path}: {error}") from None
+            yield read_first_frame(path, video)
         else:
             known = " ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
             raise ValueError(f"--frames {path}: '{path.suffix}' is neither an image nor a video; use one of {known}")

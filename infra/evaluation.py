@@ -3,6 +3,7 @@
 It owns what a checkpoint is measured on and what is written; the measures are the model's.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from infra.registry.names import DATASET
 from infra.registry.registry import Registry
 from infra.serving import media
+from infra.serving.safety.decoding import BadUpload, Wanted, image_png
 from infra.trained import Trained, fetch_trained
+from model.config import VideoConfig
 from model.data.shards import ShardSet
-from model.generation import ClipGenerator, to_frames
+from model.generation import Clip, ClipGenerator, to_frames
 from model.measures.networks import NetworkCard, OnnxNetwork
 from model.measures.vbench import SuitePrompt, missing_videos, read_suite, write_seeds
 from model.training.evaluate import Evaluation, evaluate
@@ -122,12 +125,16 @@ def _check_suite(generator: ClipGenerator, suite: Sequence[SuitePrompt], images:
             raise ValueError(f"{images / each.image}: no such image; VBench-I2V offers its images for download")
 
 
-def _image(path: Path, generator: ClipGenerator) -> torch.Tensor:
-    """A first frame [1, 3, H, W] in [-1, 1], scaled to cover and cropped at the centre."""
-    video = generator.recipe.video
-    size = {"width": video.width, "height": video.height}
+def read_first_frame(path: Path, video: VideoConfig) -> Clip:
+    """The image at `path` as uint8 [1, H, W, 3], scaled to cover, cropped at the centre; ValueError names the file."""
+    side = MAX_IMAGE_PIXELS  # the user's own file: pixels alone are bounded
+    wanted = Wanted("image", video.width, video.height, max_pixels=side, max_side=side, max_seconds=math.inf)
     try:
-        fitted = media.conditioning_image(path.read_bytes(), **size, max_pixels=MAX_IMAGE_PIXELS)
-    except media.BadImage as error:
+        return media.read_image(image_png(path.read_bytes(), wanted))
+    except BadUpload as error:
         raise ValueError(f"{path}: {error}") from None
-    return to_frames([media.read_image(fitted)])[:, 0]
+
+
+def _image(path: Path, generator: ClipGenerator) -> torch.Tensor:
+    """A first frame [1, 3, H, W] in [-1, 1]."""
+    return to_frames([read_first_frame(path, generator.recipe.video)])[:, 0]
