@@ -292,6 +292,16 @@ def serve(
 
 
 @app.command()
+def api_key(name: Annotated[str, typer.Argument(help="whose key it is; letters, digits, '_' and '-'")]) -> None:
+    """Make an API key: shown once on stderr; its entry for the keys file, a digest, on stdout."""
+    from infra.serving.clients.keys import new_key
+
+    secret, entry = new_key(name)
+    print(f"the key of {name}, which is kept nowhere: {secret}", file=sys.stderr)
+    print(entry, end="")
+
+
+@app.command()
 def migrate_jobs(
     database: Annotated[
         str,

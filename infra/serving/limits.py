@@ -81,6 +81,8 @@ class ServingLimits(Config):
     max_fps: Positive = 60
     max_steps: Positive = 200
     max_guidance_scale: Annotated[float, Field(ge=1)] = 20.0
+    max_engine_rows: Positive = 8
+    """Rows of one engine call: a video takes 1 without guidance, 2 with joint, 3 with separate."""
     max_prompt_characters: Positive = 2000
     max_body_bytes: Positive = 20 * MEBIBYTE
     """Whole request: fields and image."""

@@ -27,6 +27,7 @@ from infra.serving.safety.moderation import open_moderator
 from infra.serving.scheduling.outlook import Outlook
 from infra.serving.settings import ServerSettings
 from infra.serving.worker.worker import Worker
+from infra.store.artifacts import ArtifactStore
 from infra.store.location import open_store
 from monitoring import logs
 
@@ -63,9 +64,10 @@ def make_server(
     keys = KeyRing.of(settings)
     told = receivers(settings, keys)
     jobs = JobStore(settings.database_url, notifies=told.any, max_losses=settings.max_losses)
-    worker = Worker(jobs, pipeline, JobFiles(jobs.database, open_store(settings.store_url)), settings)
+    worker = Worker(jobs, pipeline, JobFiles(jobs.database, _videos_store(settings.store_url)), settings)
     webhooks = WebhookSender(jobs, told.find) if told.any else None
     limits = limits or ServingLimits.of(pipeline.recipe, pipeline.profile)
+    limits = limits.model_copy(update={"max_engine_rows": 2 * settings.max_rows})
     made: list[ServerProcess] = []
     app = _make_app(worker, webhooks, keys, limits, is_stopping=lambda: bool(made) and made[0].should_exit)
     made.append(ServerProcess(uvicorn_config(app, settings), worker, reload or (lambda: pipeline)))
@@ -124,6 +126,17 @@ def _make_app(
         moderator=open_moderator(settings),
     )
     return create_app(service, lifespan=lifespan)
+
+
+def _videos_store(url: str) -> ArtifactStore:
+    """Videos come and go by their jobs; a registry counts what none of its manifests names as garbage."""
+    store = open_store(url)
+    if store.list("refs/"):
+        raise ValueError(
+            f"{store.url} holds a registry, whose garbage collection would delete videos; name another folder or prefix"
+            " for them (STIV_VIDEOS_URL)"
+        )
+    return store
 
 
 def _room_in_s(jobs: JobStore, settings: ServerSettings) -> float:

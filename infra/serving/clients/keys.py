@@ -112,7 +112,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             field = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"the keys file {path}, key {number}: {field}: {first['msg']}") from None
     if not keys:
-        raise ValueError(f"the keys file {path} holds no [[key]]; write one, as `stiv key NAME` prints it")
+        raise ValueError(f"the keys file {path} holds no [[key]]; `stiv api-key NAME` prints one")
     return tuple(keys)
 
 

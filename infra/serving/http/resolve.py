@@ -212,6 +212,12 @@ def _drawing(body: RemixVideo, default: dict[str, Any], model: ServedModel, *, g
     image_scale = values["image_guidance_scale"] if given else None
     values["image_guidance_scale"] = image_scale
     values["guidance"] = _guidance_kind(values["guidance_scale"] == 1.0, separate=image_scale is not None)
+    if values["guidance"] == "separate" and model.limits.max_engine_rows < 3:
+        raise invalid(
+            "image_guidance_scale",
+            f"image_guidance_scale takes 3 rows of an engine call, calls here hold {model.limits.max_engine_rows};"
+            " leave it out",
+        )
     return values
 
 

@@ -53,10 +53,15 @@ class Keeper:
             self.jobs.release(self.endings.owner, strays)
 
     def keep_latents(self, *, every: int) -> None:
-        """Of rows that came forward by `every` steps since theirs were kept last."""
+        """Of rows that came forward by `every` steps since theirs were kept last.
+
+        Not where steps are foretold: what a row remembers is not kept, and another video would come of it.
+        """
         due: dict[str, KeptLatents] = {}
         for held in self.endings.held.all():
             standing = held.standing
+            if held.pipeline.recipe.sampling.step_cache:
+                continue
             if standing is not None and held.row is not None and standing.step - held.kept_step >= every:
                 due[held.job.id] = held.row.kept(standing.step, standing.latents)
         if not due:
