@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save  # pyright: ignore[reportUnknownVariableType]
 
-from benchmarks.checkpoint_upload import state_of, upload_figures
-from benchmarks.model_step import Contestant, Shape, ours
+from benchmarks.contestants.checkpoint_upload import state_of, upload_figures
+from benchmarks.contestants.model_step import Contestant, Shape, ours
 from benchmarks.result import report
 from model.checkpoint.state import RankState
 from model.checkpoint.writer import CheckpointWriter

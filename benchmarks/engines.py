@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from benchmarks.contestants.model_step import LATENT_CHANNELS, Shape
 from benchmarks.demo import FOLDER
 from benchmarks.model_speed import ratio, take_turns
-from benchmarks.model_step import LATENT_CHANNELS, Shape
 from benchmarks.result import report
 from export.engines.onnx_runtime import OnnxEngine
 from export.engines.protocol import Engine

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.loader_peers import BATCH, CONTESTANTS, our_loader, write_clips
+from benchmarks.contestants.loader_peers import BATCH, CONTESTANTS, our_loader, write_clips
 from benchmarks.result import report
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from benchmarks.model_step import TEXT_SIZE, Shape, ours
+from benchmarks.contestants.model_step import TEXT_SIZE, Shape, ours
 from model.network.flops import training_flops
 from model.optim.adafactor import AdaFactor
 from model.planning.gpu import GPUS, gpu_of

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from benchmarks.model_step import Shape, ours
+from benchmarks.contestants.model_step import Shape, ours
 from benchmarks.result import report
 from model.config import TrainingConfig
 from model.optim.adafactor import AdaFactor

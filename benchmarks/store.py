@@ -7,7 +7,7 @@ It owns the turns and the figures. The peers are installed beside our environmen
 Half a gigabyte goes up and comes down as two files and as files of 4 MB, in three turns, so that all of it takes less
 than five minutes and fits memory; `--gigabytes 4 --turns 1` is the large form. In a turn everybody works on one fresh
 server (SeaweedFS, in memory where there is room), one after the other, and who begins changes. A ratio is of one turn,
-to the best raw rate in it (`benchmarks.s3_raw`); a figure is the median. Ours hashes what it sends and what comes, as
+to the best raw rate in it (`s3_raw`); a figure is the median. Ours hashes what it sends and what comes, as
 users of the registry do; a peer's time has its start in it, as its users' has.
 
 - `upload_ratio_to_raw`, `download_ratio_to_raw`: two large files; `..._many_...`: the small ones; `rclone_...`,
@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
-from benchmarks import s3_raw
+from benchmarks.contestants import s3_raw
 from benchmarks.result import report
 from infra.registry.registry import Registry
 from infra.store.artifacts import ArtifactStore

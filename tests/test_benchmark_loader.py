@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.contestants.loader_peers import (
+    BATCH,
+    FRAMES,
+    SIDE,
+    STORED,
+    STRIDE,
+    cut,
+    our_loader,
+    stored_clips,
+    textures,
+)
 from benchmarks.loader import figures_of, resumes_exactly
-from benchmarks.loader_peers import BATCH, FRAMES, SIDE, STORED, STRIDE, cut, our_loader, stored_clips, textures
 from model.data.encoding import Encoding
 from model.data.shard_writer import ShardWriter
 

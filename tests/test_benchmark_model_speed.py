@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.contestants.model_step import Shape, latte, ours
 from benchmarks.model_mfu import flops_a_second, peak_of, step_seconds, sweep, training_step
 from benchmarks.model_speed import against_latte, masked_step, ratio, take_turns
-from benchmarks.model_step import Shape, latte, ours
 from model.network.flops import training_flops
 
 SMALL = Shape(hidden=32, depth=2, heads=2, frames=3, side=4, text=5)

@@ -254,7 +254,13 @@ def test_a_checkpoint_is_measured_by_ref_and_reported_with_all_it_depends_on(
     assert (report["checkpoint"], report["clips"]) == (digest, 5)
     assert report["networks"][0]["sha256"] == OnnxNetwork(network).sha256
     assert {"heldout_loss", "heldout_loss_t0", "ti2v_fvd_clip_mean", "t2v_joint_accuracy"} <= set(report["metrics"])
-    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "samples.png", "t2v.webp", "ti2v.webp"}
+    assert {path.name for path in folder.iterdir()} == {
+        "evaluation.json",
+        "samples.json",
+        "samples.png",
+        "t2v.webp",
+        "ti2v.webp",
+    }
 
 
 def test_what_cannot_be_measured_is_refused(stiv: Callable[..., str], store: Path, tmp_path: Path) -> None:

@@ -117,7 +117,10 @@ def test_a_run_that_resumes_ends_where_an_undisturbed_one_does_bit_for_bit(
 def test_weights_that_are_gathered_layer_by_layer_resume_within_rounding(
     inputs: Inputs, place: parallel.Place, tmp_path: Path
 ) -> None:
-    """ZeRO 3's first step after a start gathers weights to other addresses, and matrix products round by address."""
+    """ZeRO 3's first step after a start gathers weights to other addresses, and matrix products round by address.
+
+    AdamW divides a gradient by its own size, so the rounding of small ones shows: a hundredth of a step, at most.
+    """
     recipe = variant(optimizer={"type": "adamw"}, training={"zero_stage": 3})
     undisturbed = begin(recipe, inputs, tmp_path / "undisturbed", place)
     train(undisturbed, 5)
@@ -131,7 +134,7 @@ def test_weights_that_are_gathered_layer_by_layer_resume_within_rounding(
     found = whole(resumed)
     assert expected.keys() == found.keys()
     for key, values in expected.items():
-        torch.testing.assert_close(found[key], values, rtol=1e-4, atol=1e-6, msg=key)
+        torch.testing.assert_close(found[key], values, rtol=1e-4, atol=2e-3 / 100, msg=key)
 
 
 def seen(training: StageTraining) -> tuple[dict[str, Any], Tensor]:

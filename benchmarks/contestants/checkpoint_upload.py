@@ -1,7 +1,7 @@
 """How fast a checkpoint gets to a real S3 server, and how fast that server takes bytes at all.
 
 It owns the server (SeaweedFS, a fresh one a turn, in memory where this machine has such a folder, so that no disk is
-the limit), the bytes and both rates; the raw one is `benchmarks.s3_raw`'s. Who goes first changes with the turn.
+the limit), the bytes and both rates; the raw one is `s3_raw`'s. Who goes first changes with the turn.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from benchmarks import s3_raw
+from benchmarks.contestants import s3_raw
 from flows.catalog import recipe_path
 from infra.checkpoints import StoreSink
 from infra.store.location import open_store
