@@ -49,8 +49,6 @@ class ServerSettings(Config):
     moderation_token: SecretStr | None = None
     moderation_command: tuple[str, ...] = ()
     """Or a program that is asked; see `infra.serving.safety.moderation`."""
-    embed_prompt: bool = False
-    """Whether the prompt is written into the video file."""
     max_rows: Positive = 4
     """Videos denoised at the same time."""
     max_queued: Positive = 64
