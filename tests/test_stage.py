@@ -1,6 +1,7 @@
 """A training step under the recipe's choices: what the network is given, what it learns, and that runs resume."""
 
 import math
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from model.conditioning import first_frames
+from model.config import TextConfig
 from model.flow_matching import path
 from model.recipe import StageRecipe
 from model.training import parallel
+from model.training.captions import CaptionTable
 from model.training.prepare import prepare
 from model.training.stage import StageTraining
 from monitoring.goodput import Ledger
+from tests.test_text import save_clip
 from tests.tiny_stage import Inputs, stage, write_inputs
 
 
@@ -135,6 +139,28 @@ def test_weights_that_are_gathered_layer_by_layer_resume_within_rounding(
     assert expected.keys() == found.keys()
     for key, values in expected.items():
         torch.testing.assert_close(found[key], values, rtol=1e-4, atol=2e-3 / 100, msg=key)
+
+
+def test_a_run_that_starts_again_needs_its_text_encoder_for_new_captions_only(
+    place: parallel.Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder, file = tmp_path / "clip", tmp_path / "run" / "captions.safetensors"
+    save_clip(encoder)
+    text = TextConfig(type="clip", path=str(encoder), max_tokens=16)
+    made = CaptionTable.kept(file, ["a red circle", "a blue square"], text, place)
+    assert made.embeddings.tokens.shape[0] == 3, "the null text too"
+    shutil.rmtree(encoder)
+
+    again = CaptionTable.kept(file, ["a blue square", "a red circle"], text, place)
+    assert again.places == made.places
+    for part in ("tokens", "mask", "pooled"):
+        assert torch.equal(getattr(again.embeddings, part), getattr(made.embeddings, part))
+    with pytest.raises(ValueError, match="clip is not a folder"):
+        CaptionTable.kept(file, ["a green star"], text, place)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="clip is not a folder"):
+        CaptionTable.kept(file, ["a blue square", "a red circle"], text, place)
+    assert "its captions are encoded again" in caplog.text
 
 
 def seen(training: StageTraining) -> tuple[dict[str, Any], Tensor]:

@@ -25,7 +25,6 @@ from model.network.stiv import STIV
 from model.optim.choice import make_optimizer
 from model.optim.ema import Ema
 from model.recipe import StageRecipe
-from model.text import load_text_encoder
 from model.training.captions import CaptionTable, captions_of
 from model.training.grow import grow
 from model.training.parallel import COLLECTIVE_TIMEOUT, ParallelEngine, Place, meet, parameter_groups
@@ -64,14 +63,14 @@ def prepare(
         accumulation=training.gradient_accumulation_steps,
         workers=recipe.data.workers,
     )
-    encoder = load_text_encoder(recipe.text).to(place.device)
-    captions = CaptionTable.build(captions_of(shards, stills=recipe.trains_on_stills), encoder.encode)
+    texts = captions_of(shards, stills=recipe.trains_on_stills)
+    captions = CaptionTable.kept(folders.captions, texts, recipe.text, place)
     torch.manual_seed(training.seed)  # pyright: ignore[reportUnknownMemberType]
     network = STIV(
         recipe.network,
         latent_channels=recipe.vae.latent_channels,
-        text_size=encoder.hidden_size,
-        pooled_size=encoder.pooled_size,
+        text_size=captions.embeddings.tokens.shape[-1],
+        pooled_size=captions.embeddings.pooled.shape[-1],
     ).to(place.device)
     inputs = digests_of(folders)
     if sink is not None:

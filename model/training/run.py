@@ -42,6 +42,11 @@ class RunFolders:
         return self.run / "checkpoints"
 
     @property
+    def captions(self) -> Path:
+        """Every caption's embedding, encoded at the run's first start."""
+        return self.run / "captions.safetensors"
+
+    @property
     def progress(self) -> Path:
         return self.run / "progress.jsonl"
 
