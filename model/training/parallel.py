@@ -26,6 +26,8 @@ import deepspeed  # pyright: ignore[reportMissingTypeStubs]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longer than rank 0 takes to write the largest checkpoint while the others wait (DeepSpeed's default is 10)."""
 
+PLAIN_LINEAR = torch.nn.functional.linear
+"""ZeRO 3 puts its own in this one's place, for all networks of the process and for good."""
 
 GROUP_VALUES = 1 << 28
 """Values of a parameter group. ZeRO copies the gradients of one group at a time to fp32: 1 GiB over the ranks."""
@@ -82,9 +84,10 @@ def meet() -> None:
 
 
 def leave() -> None:
-    """Wait for the other ranks, then part."""
+    """Wait for the other ranks, then part; the process is as it was before."""
     meet()
     torch.distributed.destroy_process_group()
+    torch.nn.functional.linear = PLAIN_LINEAR
 
 
 def deepspeed_config(training: TrainingConfig, parameters: int) -> dict[str, object]:
