@@ -2,18 +2,17 @@
 
 import math
 import random
-import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from model.optim.adafactor import AdaFactor
 from model.optim.fragment import Fragment
+from tests.ranks import run_ranks
 
 RANKS = 4
 STEPS = 4
@@ -21,17 +20,14 @@ STEPS = 4
 
 def differences(*, trials: int, seed: int) -> list[float]:
     """The largest difference from the uncut optimizer, of every trial on every number of ranks."""
-    with socket.socket() as probe, TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        mp.spawn(_rank, args=(port, trials, seed, folder), nprocs=RANKS)  # pyright: ignore[reportPrivateImportUsage]
+    with TemporaryDirectory() as folder:
+        run_ranks(RANKS, _rank, trials, seed, folder)
         return torch.load(Path(folder) / "found.pt", weights_only=True)
 
 
-def _rank(rank: int, port: int, trials: int, seed: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+def _rank(trials: int, seed: int, folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     groups = [dist.new_group(list(range(size))) for size in range(1, RANKS + 1)]
     found: list[float] = []
     for trial in range(trials):

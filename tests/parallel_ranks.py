@@ -1,8 +1,7 @@
-"""Ranks of test_parallel, started by torchrun: each case trains on all of them and alone, and tells the difference."""
+"""A rank of test_parallel: each case trains on all of them and alone, and tells the difference."""
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +134,10 @@ def _weights_follow(engine: ParallelEngine, masters: dict[str, Tensor], training
     )
 
 
-def main(cases: str, out: str) -> None:
-    listed = json.loads(Path(cases).read_text())
+def tell(cases: list[dict[str, Any]], out: Path) -> None:
     world = int(os.environ["WORLD_SIZE"])
     place = join(TrainingConfig(steps=1, global_batch_size=world, micro_batch_size=1, world_size=world))
-    results = [case(dict(settings), place) for settings in listed]
+    results = [case(dict(settings), place) for settings in cases]
     if place.is_first:
-        Path(out).write_text(json.dumps(results))
+        out.write_text(json.dumps(results))
     leave()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -9,11 +9,11 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from model.network.recompute import compile_blocks, recompute_blocks
 from model.network.sequence import SequenceGroup
 from model.network.stiv import STIV
+from tests.ranks import run_ranks
 from tests.test_network import CHANNELS, inputs, network, opened
 
 FRAMES, SIDE, TOKENS, KEPT = 8, 8, 16, 8  # token frames are 4
@@ -65,7 +65,7 @@ class Case:
 
 def shared(world_size: int, cases: Sequence[Case], folder: Path) -> list[list[dict[str, Tensor]]]:
     """Of each case and rank, what it computed; losses and gradients are means over all ranks."""
-    spawn(_rank, (world_size, cases, folder), world_size)
+    run_ranks(world_size, _rank, cases, folder)
     return [[load_file(folder / f"{case}-{rank}") for rank in range(world_size)] for case in range(len(cases))]
 
 
@@ -77,9 +77,9 @@ def alone(world_size: int, case: Case) -> list[dict[str, Tensor]]:
     return [{**means, "velocity": run["velocity"]} for run in runs]
 
 
-def _rank(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
+def _rank(cases: Sequence[Case], folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for number, case in enumerate(cases):
         net = case.network()
         net.share_clips(SequenceGroup.join(case.ranks))

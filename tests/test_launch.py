@@ -170,7 +170,6 @@ def test_a_stage_grows_from_its_parent_and_says_where_it_diverged(
     assert re.search(r"grown: \d+ weights copied, 0 inflated, 0 new", log), log
 
 
-@pytest.mark.timeout(600)
 def ema_of(folders: RunFolders) -> dict[str, torch.Tensor]:
     """Of the last step's checkpoint."""
     folder = checkpoint.latest(folders.checkpoints)
@@ -192,6 +191,8 @@ def test_an_empty_machine_goes_on_from_the_store_of_checkpoints(inputs: Inputs, 
     assert all(torch.equal(found[name], x) for name, x in weights.items())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_joint_start_takes_time_from_one_promoted_parent_and_the_rest_from_the_other(tmp_path: Path) -> None:
     images, videos = short("t2i", lr=1e-3), short("t2v", lr=1e-3)
     # So small a rate that the weights end where they began: what was grown is what is published.

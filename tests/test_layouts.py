@@ -1,8 +1,5 @@
 """However a stage is spread over ranks, and however often that changes, it learns what a single process would."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,10 @@ import torch
 
 from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader
-from model.recipe import dumps
+from tests import layout_ranks
+from tests.ranks import run_ranks
 from tests.tiny_stage import Inputs, stage, write_inputs
 
-ROOT = Path(__file__).parents[1]
 STEPS = 8
 
 
@@ -34,14 +31,7 @@ def alone(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(inputs: Inputs, run: Path, steps: int, **training: Any) -> None:
     tree = stage("ti2v", micro_batch_size=2, **training).model_dump()
     recipe = type(stage()).model_validate({**tree, "parent": None})
-    path = run / "recipe.json"
-    path.write_text(dumps(recipe))
-    ranks = ["--standalone", "--nproc-per-node", str(recipe.training.world_size)]
-    own = [ROOT / "tests" / "layout_ranks.py", path, inputs.data, inputs.codec, run, str(steps)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", *ranks, *own]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_ranks(recipe.training.world_size, layout_ranks.train, recipe, inputs.folders(run), steps)
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -1,17 +1,14 @@
 """Ranks that share optimizer state, gradients or weights train as one process would; whatever ranks hold is exact."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import parallel_ranks
 from tests.cut_ranks import differences
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[1]
 EXACT: list[dict[str, Any]] = [
     {"zero": 0, "accumulate": 2, "seed": 0},
     {"zero": 1, "accumulate": 2, "seed": 0},
@@ -34,14 +31,9 @@ HALF: list[dict[str, Any]] = [
 )
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every case came to on this number of ranks; one start for all, since it takes seconds."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "cases.json").write_text(json.dumps(EXACT + HALF))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    command += [ROOT / "tests" / "parallel_ranks.py", folder / "cases.json", folder / "results.json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads((folder / "results.json").read_text())
+    results = tmp_path_factory.mktemp("ranks") / "results.json"
+    run_ranks(request.param, parallel_ranks.tell, EXACT + HALF, results)
+    return json.loads(results.read_text())
 
 
 def test_every_zero_stage_is_exact(results: list[dict[str, Any]]) -> None:
