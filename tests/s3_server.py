@@ -116,6 +116,8 @@ def weed_command(folder: Path, ports: Sequence[int]) -> list[str]:
         f"-master.port.grpc={master_grpc}",
         "-master.volumeSizeLimitMB=256",
         "-master.telemetry=false",
+        # Started again, the only master waits that long, up to twice, for others before it leads.
+        "-master.electionTimeout=1s",
         f"-volume.port={volume}",
         f"-volume.port.grpc={volume_grpc}",
         # A bucket takes about seven volumes; the default of eight would end at the second bucket.
