@@ -24,6 +24,7 @@ from infra.store.artifacts import (
 from infra.store.location import open_store
 from infra.store.s3_client import S3Access
 from infra.store.s3_parts import PART
+from infra.store.s3_trail import LONGEST
 from tests.chaos.proxy import FaultyLink, Request, Script
 from tests.s3_server import S3Server
 
@@ -172,18 +173,36 @@ def test_a_write_whose_answer_is_lost_is_known_as_our_own(s3_server: S3Server) -
         assert rival.read("ref") == Versioned(b"2", swapped)
 
 
-@pytest.mark.parametrize("fault", ["drop_answer", "500_after"])
-def test_a_write_that_a_rival_built_upon_before_its_answer_was_known_is_not_called_refused(
+@pytest.mark.parametrize("fault", ["answer_second", "drop_answer", "500_after"])
+def test_a_write_that_a_rival_built_upon_before_its_answer_was_known_is_known_as_our_own(
     s3_server: S3Server, fault: str
 ) -> None:
     def build_upon_it() -> None:
-        rival.swap("ref", b"3", rival.read("ref").version)
+        written.append(rival.read("ref").version)
+        rival.swap("ref", b"3", written[0])
 
+    written: list[str] = []
     with linked(s3_server, first("PUT", fault, build_upon_it)) as (store, rival):
-        version = rival.create("ref", b"1")
-        with pytest.raises(OutcomeUnknown, match="others have written since; look what stands there"):
-            store.swap("ref", b"2", version)
+        assert store.swap("ref", b"2", rival.create("ref", b"1")) == written[0]
         assert rival.read("ref").data == b"3"
+    written.clear()
+    with linked(s3_server, first("PUT", fault, build_upon_it)) as (store, rival):
+        assert store.create("ref", b"2") == written[0]
+
+
+def test_a_write_that_more_built_upon_than_the_trail_holds_is_neither_done_nor_refused(s3_server: S3Server) -> None:
+    def build_upon_it() -> None:
+        for number in range(LONGEST):
+            rival.swap("ref", f"rival {number}".encode(), rival.read("ref").version)
+
+    with linked(s3_server, first("PUT", "drop_answer", build_upon_it)) as (store, rival):
+        version = rival.create("ref", b"1")
+        with pytest.raises(OutcomeUnknown, match="so many have written since.*look what stands there"):
+            store.swap("ref", b"2", version)
+        with pytest.raises(Conflict):
+            store.swap("ref", b"2", version)
+        with pytest.raises(AlreadyExists):
+            store.create("ref", b"2")
 
 
 def test_a_write_that_never_arrived_and_was_overtaken_is_refused(s3_server: S3Server) -> None:

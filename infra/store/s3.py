@@ -28,6 +28,7 @@ from infra.store.artifacts import (
 )
 from infra.store.s3_client import Answer, Lost, Refused, S3Access, S3Client, pauses, repeated
 from infra.store.s3_parts import PART, checksum, give_up, pieces, sent_in_parts
+from infra.store.s3_trail import Trail
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ _UPLOADS = 5
 class S3Store(ArtifactStore):
     """A store under a prefix of a bucket, on any server that honours If-None-Match and If-Match.
 
-    Every write carries a name of its own in the object's metadata (`writer`), and what it was to replace (`replaces`).
-    Whatever the server answers, and if it does not, what stands there then says whose write took place.
+    Every write has a name of its own, and every object the trail of the writes that led to it. So whatever the server
+    answers, and if it does not, what stands there then says whether a write took place, even if others have followed.
+    A refusal alone does not: a request may have come twice, and what is refused is the second.
     """
 
     def __init__(self, bucket: str, prefix: str = "", access: S3Access | None = None) -> None:
@@ -69,11 +71,12 @@ class S3Store(ArtifactStore):
             return Versioned(data, answer["ETag"])
 
     def swap(self, key: str, data: bytes, expected: str) -> str:
-        version, standing = self._put(check_key(key), data, expected)
+        found = self._head(check_key(key))
+        version, standing = (None, found) if _version(found) != expected else self._put(key, data, found)
         if version is None and standing is None:
             raise ArtifactNotFound(f"{self.url}/{key}: no such object")
         if version is None:
-            raise Conflict(f"{self.url}/{key} is at version {standing}, not {expected}: read it again")
+            raise Conflict(f"{self.url}/{key} is at version {_version(standing)}, not {expected}: read it again")
         return version
 
     def list(self, prefix: str = "") -> Sequence[str]:
@@ -121,12 +124,12 @@ class S3Store(ArtifactStore):
                 raise
         return False
 
-    def _put(self, key: str, data: bytes, expected: str | None) -> tuple[str | None, str | None]:
-        """Write over the version `expected`, or over nothing: what `_settled` says."""
-        writer = uuid4().hex
+    def _put(self, key: str, data: bytes, found: Answer | None) -> tuple[str | None, Answer | None]:
+        """Write over the object that was found, or over nothing: what `_settled` says."""
+        writer, expected = uuid4().hex, _version(found)
         place = {
             "Key": self._prefix + key,
-            "Metadata": {"writer": writer, "replaces": _told(expected)},
+            "Metadata": Trail.of(found).then(expected, writer).metadata,
             "ChecksumSHA256": checksum(data),
             **_condition(expected),
         }
@@ -134,8 +137,8 @@ class S3Store(ArtifactStore):
 
     def _settled(
         self, key: str, writer: str, expected: str | None, send: Callable[[], Answer]
-    ) -> tuple[str | None, str | None]:
-        """Send a write until it took place or never can: the version written or None, and the version that stands.
+    ) -> tuple[str | None, Answer | None]:
+        """Send a write until it took place or never can: the version written or None, and what stands in its way.
 
         What stands there is looked at before anything is sent again, whatever the answer was and if there was none.
         """
@@ -144,21 +147,19 @@ class S3Store(ArtifactStore):
         for pause in (*pauses(), 0.0):
             version, problem = self._tried(key, send)
             if version:
-                return version, version
+                return version, None
             unknown |= isinstance(problem, Lost) and problem.sent
-            found = self._looked_at(key, unknown)
-            standing: str | None = found["ETag"] if found else None
-            told: Mapping[str, str] = found["Metadata"] if found else {}
-            if told.get("writer") == writer:
-                return standing, standing
-            if standing != expected:
-                # Who replaced the very version we meant to replace has shut us out; else we may have been in between.
-                if unknown and told.get("replaces") != _told(expected):
+            found = self._looked_at(key, unknown or isinstance(problem, Refused))
+            trail = Trail.of(found)
+            if found and (version := trail.version_by(writer, found["ETag"])):
+                return version, None
+            if _version(found) != expected:
+                if (unknown or trail.steps) and not trail.replaces(expected):
                     raise OutcomeUnknown(
-                        f"{self.url}/{key}: the answer to a write was lost, and others have written since; look what"
-                        " stands there before you write again"
+                        f"{self.url}/{key}: the answer to a write was lost, and so many have written since that nobody"
+                        " can tell whether it took place; look what stands there before you write again"
                     )
-                return None, standing
+                return None, found
             if isinstance(problem, Refused) and problem.code == "NoSuchUpload":
                 raise problem
             logger.info("writing %s/%s again in %.1f s: %s", self.url, key, pause, problem)
@@ -181,11 +182,11 @@ class S3Store(ArtifactStore):
                     raise
                 return None, error
 
-    def _looked_at(self, key: str, unknown: bool) -> Answer | None:
+    def _looked_at(self, key: str, sent: bool) -> Answer | None:
         try:
             return self._head(key)
         except ConnectionError as error:
-            if unknown:
+            if sent:
                 raise OutcomeUnknown(f"{error}; a write was sent before, look later whether it took place") from error
             raise
 
@@ -198,7 +199,7 @@ class S3Store(ArtifactStore):
                 return
             send = self._upload_whole if source.blob.size <= PART else self._upload_parts
             try:
-                if send(key, source, found["ETag"] if found else None):
+                if send(key, source, found):
                     return
             except (Conflict, OutcomeUnknown, Refused) as error:
                 problem = error
@@ -206,15 +207,16 @@ class S3Store(ArtifactStore):
                 time.sleep(pause)
         raise ConnectionError(f"{self.url}/{key}: sent {_UPLOADS} times and not there ({problem}); try again later")
 
-    def _upload_whole(self, key: str, source: Source, expected: str | None) -> bool:
+    def _upload_whole(self, key: str, source: Source, found: Answer | None) -> bool:
         data = source.path.read_bytes()
         source.check(hashlib.sha256(data).hexdigest())
-        version, _ = self._put(key, data, expected)
+        version, _ = self._put(key, data, found)
         return version is not None
 
-    def _upload_parts(self, key: str, source: Source, expected: str | None) -> bool:
-        writer = uuid4().hex
-        with sent_in_parts(self._client, self._prefix + key, source.path, writer) as upload:
+    def _upload_parts(self, key: str, source: Source, found: Answer | None) -> bool:
+        writer, expected = uuid4().hex, _version(found)
+        metadata = Trail.of(found).then(expected, writer).metadata
+        with sent_in_parts(self._client, self._prefix + key, source.path, metadata) as upload:
             source.check()
             arguments = {**upload, **_condition(expected)}
             version, _ = self._settled(
@@ -249,6 +251,5 @@ def _condition(expected: str | None) -> dict[str, str]:
     return {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
 
 
-def _told(expected: str | None) -> str:
-    """That, for the object's metadata."""
-    return "nothing" if expected is None else expected.strip('"')
+def _version(found: Answer | None) -> str | None:
+    return found["ETag"] if found else None

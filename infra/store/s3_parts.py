@@ -8,7 +8,7 @@ import logging
 import os
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -38,16 +38,14 @@ def part_size(size: int) -> int:
 
 
 @contextmanager
-def sent_in_parts(client: S3Client, key: str, path: Path, writer: str) -> Generator[dict[str, Any]]:
+def sent_in_parts(client: S3Client, key: str, path: Path, metadata: Mapping[str, str]) -> Generator[dict[str, Any]]:
     """All parts of a file, sent; yields what completes the upload, which is given up if that does not happen.
 
     `key` is the whole one, prefix included.
     """
     size = path.stat().st_size
     step = part_size(size)
-    opened = client.asked(
-        key, "create_multipart_upload", Key=key, Metadata={"writer": writer}, ChecksumAlgorithm="SHA256"
-    )
+    opened = client.asked(key, "create_multipart_upload", Key=key, Metadata=metadata, ChecksumAlgorithm="SHA256")
     place = {"Key": key, "UploadId": opened["UploadId"]}
     spare: list[bytearray] = []
     try:

@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 FAULTS: Mapping[str, float] = {
     "drop_request": 0.02,
     "drop_answer": 0.03,
-    "send_twice": 0.03,
+    "send_twice": 0.015,
+    "answer_second": 0.015,
     "send_again_later": 0.02,
     "delay": 0.05,
     "arrive_late": 0.01,
@@ -34,7 +35,10 @@ FAULTS: Mapping[str, float] = {
     "500_after": 0.02,
     "503_after": 0.01,
 }
-"""Chance of each; most requests pass. An `_after` answers so although the server has done what it was asked."""
+"""Chance of each; most requests pass. An `_after` answers so although the server has done what it was asked.
+
+`answer_second` sends twice as well, and tells what the server said to the second, which a condition may have refused.
+"""
 _GONE = (OSError, http.client.HTTPException)
 _ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
 _CODES = {409: "ConditionalRequestConflict", 412: "PreconditionFailed", 500: "InternalError", 503: "SlowDown"}
@@ -165,9 +169,9 @@ class FaultyLink:
         if fault == "send_again_later":
             self._start(self._send_later, request)
         answer = _forward(server, request)
-        if fault == "send_twice":
+        if fault in ("send_twice", "answer_second"):
             second = _forward(server, request)
-            answer = second if self._chance(0.5) else answer
+            answer = second if fault == "answer_second" else answer
         if fault == "drop_answer":
             return _reset(client) if self._chance(0.5) else False
         if fault.endswith("_after"):

@@ -1,0 +1,57 @@
+"""The trail of an object in S3: who wrote it, and which version each write replaced, in the object's own metadata.
+
+It owns the trail's form and what can be concluded from it; it knows nothing of requests.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+LONGEST = 16
+"""Steps that are kept: the first, and the last fifteen. S3 allows 2 KB of metadata, and a step takes 66 bytes."""
+_NOTHING = "nothing"
+_NAME = "trail"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One write: the version it replaced, without its quotes, or `nothing`, and the writer's name."""
+
+    replaced: str
+    writer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """The writes that led to an object, oldest first; empty of one that no store of ours wrote."""
+
+    steps: tuple[Step, ...] = ()
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any] | None) -> Self:
+        """That of the object a HEAD found, or the empty one of nothing."""
+        text: str = answer["Metadata"].get(_NAME, "") if answer else ""
+        pairs = (each.partition(":") for each in text.split())
+        return cls(tuple(Step(replaced, writer) for replaced, _, writer in pairs))
+
+    def then(self, replaced: str | None, writer: str) -> Self:
+        """The trail of an object that replaces this one."""
+        steps = (*self.steps, Step(_told(replaced), writer))
+        return type(self)(steps if len(steps) <= LONGEST else (steps[0], *steps[1 - LONGEST :]))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {_NAME: " ".join(f"{step.replaced}:{step.writer}" for step in self.steps)}
+
+    def version_by(self, writer: str, standing: str) -> str | None:
+        """The version that writer wrote, where `standing` is the last one; None if it is not among these writes."""
+        after = [*(f'"{step.replaced}"' for step in self.steps[1:]), standing]
+        return next((version for step, version in zip(self.steps, after) if step.writer == writer), None)
+
+    def replaces(self, version: str | None) -> bool:
+        """Whether one of these writes replaced that version; nobody else can then."""
+        return any(step.replaced == _told(version) for step in self.steps)
+
+
+def _told(version: str | None) -> str:
+    return _NOTHING if version is None else version.strip('"')
