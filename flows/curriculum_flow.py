@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 
 from metaflow import FlowSpec, Parameter, card, current, step
-from metaflow.integrations import ArgoEvent
 
 from flows.cards import TrainingCard
 from flows.catalog import recipe_path
@@ -88,9 +87,6 @@ class CurriculumFlow(FlowSpec):
         # A new dict: what an earlier step kept stays as it was.
         self.results = {**self.results, name: stage_result(recipe, outcome)}
         self.seconds = {**self.seconds, name: outcome.seconds}
-        # Does nothing out of a deployed workflow; there it starts the flows that wait for it with @trigger.
-        event = ArgoEvent("stiv-promoted", payload={"ref": promoted(name), "digest": outcome.checkpoint.digest})
-        event.safe_publish()
 
     def _registry(self):
         return open_registry(str(self.store), os.environ)

@@ -48,10 +48,14 @@ def headers(secret: bytes, message_id: str, body: bytes, *, timestamp: int) -> d
 
 
 def post(url: str, secret: bytes, message_id: str, body: bytes, *, timeout: float = TIMEOUT) -> None:
+    """Sign and send once; see `deliver`."""
+    deliver(url, body, headers(secret, message_id, body, timestamp=int(time.time())), timeout=timeout)
+
+
+def deliver(url: str, body: bytes, sent_with: Mapping[str, str], *, timeout: float = TIMEOUT) -> None:
     """Send once; anything but a 2xx answer within `timeout` seconds is `WebhookFailed`. Redirects are not followed."""
-    signed = headers(secret, message_id, body, timestamp=int(time.time()))
     try:
-        answer = httpx.post(url, content=body, headers=signed, timeout=timeout, follow_redirects=False)
+        answer = httpx.post(url, content=body, headers=dict(sent_with), timeout=timeout, follow_redirects=False)
     except httpx.HTTPError as error:
         raise WebhookFailed(f"{_public(url)}: {error or type(error).__name__}") from None
     if not answer.is_success:

@@ -197,7 +197,7 @@ def test_a_write_that_more_built_upon_than_the_trail_holds_is_neither_done_nor_r
 
     with linked(s3_server, first("PUT", "drop_answer", build_upon_it)) as (store, rival):
         version = rival.create("ref", b"1")
-        with pytest.raises(OutcomeUnknown, match="so many have written since.*look what stands there"):
+        with pytest.raises(OutcomeUnknown, match=r"so many have written since.*look what stands there"):
             store.swap("ref", b"2", version)
         with pytest.raises(Conflict):
             store.swap("ref", b"2", version)

@@ -15,7 +15,9 @@ from flows.commands.tables import console, print_changes, print_gate, size_of
 from infra.registry.records import Ref
 
 app = typer.Typer()
-events = typer.Typer(no_args_is_help=True, help="Events of moved refs, told to STIV_WEBHOOK_URL (docs/promote.md).")
+events = typer.Typer(
+    no_args_is_help=True, help="Events of moved refs, told to a webhook or to Argo Events (docs/promote.md)."
+)
 app.add_typer(events, name="events")
 
 RefArgument = Annotated[str, typer.Argument(help="ref, such as t2v/promoted")]
@@ -198,14 +200,20 @@ def sign(
 
 @events.command("deliver")
 def events_deliver(store: StoreOption = "runs/store") -> None:
-    """Send every event that the webhook has not taken yet; exit code 1 if some are left."""
-    from infra.registry.opening import open_outbox
+    """Send every event that has not been taken yet; exit code 1 if some are left."""
+    from infra.registry.opening import outboxes
 
-    done = open_outbox(open_registry(store), os.environ).deliver()
-    for move in done.told:
+    boxes = outboxes(open_registry(store), os.environ)
+    if not boxes:
+        raise ValueError(
+            "nobody is to be told: set STIV_WEBHOOK_URL and STIV_WEBHOOK_SECRET, or METAFLOW_ARGO_EVENTS_WEBHOOK_URL"
+        )
+    done = [box.deliver() for box in boxes]
+    for move in (move for each in done for move in each.told):
         _print_move(move)
-    if done.left:
-        raise ValueError(f"{len(done.left)} events are left for the next time: {done.reason}")
+    if reasons := [each.reason for each in done if each.left]:
+        left = sum(len(each.left) for each in done)
+        raise ValueError(f"{left} events are left for the next time: {'; '.join(reasons)}")
 
 
 def _print_move(move: Ref) -> None:

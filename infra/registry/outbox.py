@@ -1,12 +1,11 @@
-"""Events of moved refs, told to a webhook at least once; what is still to be told is read off the log of moves.
+"""Events of moved refs, told to a receiver at least once; what is still to be told is read off the log of moves.
 
 So nothing is kept beside the log that could be lost: a promoter that dies between its promotion and the call leaves
-the event to the next one, or to `stiv events deliver`. It owns what an event says and what counts as told; the
-signature is `infra.webhook`'s.
+the event to the next one, or to `stiv events deliver`. It owns what counts as told and when to try again; what an event
+says is `receivers`'.
 """
 
 import hashlib
-import json
 import logging
 import random
 import time
@@ -17,10 +16,11 @@ from datetime import UTC, datetime
 
 from pydantic import AwareDatetime
 
-from infra import webhook
+from infra.registry.receivers import Receiver, facts
 from infra.registry.records import Record, Ref, parse
 from infra.registry.registry import Registry
 from infra.store.artifacts import AlreadyExists
+from infra.webhook import WebhookFailed
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ FIRST_DELAY = 0.5
 
 
 class Start(Record):
-    """Where every ref stood when the webhook was first heard of: what was moved before is not told."""
+    """Where every ref stood when the receiver was first heard of: what was moved before is not told."""
 
     generations: dict[str, int]
 
 
 class Note(Record):
-    """That the webhook took an event."""
+    """That the receiver took an event."""
 
     when: AwareDatetime
 
@@ -54,18 +54,16 @@ class Delivery:
 
 
 class Outbox:
-    """One webhook and the moves it has not taken yet."""
+    """One receiver and the moves it has not taken yet."""
 
     def __init__(
-        self, registry: Registry, url: str, secret: bytes, *, sleep: Callable[[float], object] = time.sleep
+        self, registry: Registry, receiver: Receiver, *, sleep: Callable[[float], object] = time.sleep
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("STIV_WEBHOOK_URL is no http:// or https:// URL")
-        self._registry, self._url, self._secret, self._sleep = registry, url, secret, sleep
-        self._place = f"{EVENTS}{hashlib.sha256(url.encode()).hexdigest()[:16]}/"
+        self._registry, self._receiver, self._sleep = registry, receiver, sleep
+        self._place = f"{EVENTS}{hashlib.sha256(receiver.url.encode()).hexdigest()[:16]}/"
 
     def expect(self) -> None:
-        """A ref is about to be moved: from now on every move is told, and none from before the webhook was known."""
+        """A ref is about to be moved: from now on every move is told, and none from before the receiver was known."""
         store = self._registry.store
         if store.exists(self._place + START):
             return
@@ -74,7 +72,7 @@ class Outbox:
             store.create(self._place + START, start.canonical())
 
     def tell(self) -> None:
-        """A ref was moved. A webhook that is down is no reason to fail: the move stands, and the event waits."""
+        """A ref was moved. A receiver that is down is no reason to fail: the move stands, and the event waits."""
         done = self.deliver()
         if done.left:
             logger.warning(
@@ -109,13 +107,14 @@ class Outbox:
     def _send(self, move: Ref) -> str:
         """Why it was not taken; empty if it was."""
         reason = ""
+        data = facts(move, self._registry.manifest(move.digest), self._registry.store.url)
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._sleep(FIRST_DELAY * 2 ** (attempt - 1) * (1 + random.random()))
             try:
-                webhook.post(self._url, self._secret, message_id(move), body(self._registry, move))
+                self._receiver.send(message_id(move), move, data)
                 return ""
-            except webhook.WebhookFailed as error:
+            except WebhookFailed as error:
                 reason = str(error)
                 logger.info("event of '%s', attempt %d of %d: %s", move.name, attempt + 1, ATTEMPTS, reason)
         return reason
@@ -127,23 +126,3 @@ class Outbox:
 def message_id(move: Ref) -> str:
     """The same however often and by whomever the event is sent."""
     return "msg_" + hashlib.sha256(f"{move.name}@{move.generation}:{move.digest}".encode()).hexdigest()[:32]
-
-
-def body(registry: Registry, move: Ref) -> bytes:
-    """The event as JSON."""
-    manifest = registry.manifest(move.digest)
-    data = {
-        "ref": move.name,
-        "generation": move.generation,
-        "digest": move.digest,
-        "kind": manifest.kind,
-        "stage": (manifest.recipe or {}).get("name"),
-        "previous": move.previous,
-        "restores": move.restores,
-        "who": move.who,
-        "why": move.why,
-        "override": move.override,
-        "store": registry.store.url,
-    }
-    name = "stiv.promoted" if move.restores is None else "stiv.rolled_back"
-    return json.dumps({"type": name, "timestamp": move.when.isoformat(), "data": data}, sort_keys=True).encode()

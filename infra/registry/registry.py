@@ -54,7 +54,7 @@ class Registry:
     def __init__(self, store: ArtifactStore, *, code: Code | None = None, trust: Trust | None = None) -> None:
         self.store = store
         self.trust = trust
-        self.listener: Listener | None = None
+        self.listeners: Sequence[Listener] = ()
         self.code = code or running_code()
 
     def publish(
@@ -233,11 +233,11 @@ class Registry:
 
     def _move(self, standing: Versioned | None, move: Ref) -> Ref:
         """Write the move down, then make it: the swap of the pointer decides. Then it is told."""
-        if self.listener:
-            self.listener.expect()
+        for listener in self.listeners:
+            listener.expect()
         move = self._make(standing, move)
-        if self.listener:
-            self.listener.tell()
+        for listener in self.listeners:
+            listener.tell()
         return move
 
     def _make(self, standing: Versioned | None, move: Ref) -> Ref:

@@ -45,8 +45,8 @@ class Trail:
 
     def version_by(self, writer: str, standing: str) -> str | None:
         """The version that writer wrote, where `standing` is the last one; None if it is not among these writes."""
-        after = [*(f'"{step.replaced}"' for step in self.steps[1:]), standing]
-        return next((version for step, version in zip(self.steps, after) if step.writer == writer), None)
+        versions = [*(f'"{step.replaced}"' for step in self.steps[1:]), standing]
+        return {step.writer: each for step, each in zip(self.steps, versions, strict=False)}.get(writer)
 
     def replaces(self, version: str | None) -> bool:
         """Whether one of these writes replaced that version; nobody else can then."""
