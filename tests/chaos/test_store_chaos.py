@@ -35,7 +35,6 @@ def survived(process: ServerProcess, scratch: Path, operations: int, kill_every:
     return sound(verdict) and verdict.operations == operations
 
 
-@pytest.mark.slow  # on S3 about one storm of three held a read that fits no order; open, see docs/store.md
 def test_what_rivals_do_in_a_storm_could_have_happened_one_at_a_time(process: ServerProcess, tmp_path: Path) -> None:
     assert survived(process, tmp_path, OPERATIONS, kill_every=300)
 
