@@ -47,7 +47,7 @@ def create(jobs: JobStore, *, max_queued: int = 100, max_active: int | None = No
 
 
 def lease(jobs: JobStore, owner: str, limit: int = 1) -> list[str]:
-    return [job.id for job in jobs.lease(owner, [job.id for job in jobs.waiting(limit)])]
+    return [job.id for job in jobs.lease(owner, [job.job_id for job in jobs.waiting(limit)])]
 
 
 def complete(jobs: JobStore, job: Job, owner: str) -> bool:
@@ -75,8 +75,8 @@ def test_what_waits_is_said_with_what_it_will_cost(jobs: JobStore) -> None:
     first = create(jobs, request=REQUEST.model_copy(update={"guidance": "none"}))
     urgent = create(jobs, priority=5, client="key-1")
     found = jobs.waiting(9)
-    assert [(job.id, job.priority, job.client) for job in found] == [(urgent.id, 5, "key-1"), (first.id, 0, "")]
-    assert [(job.rows, job.steps, job.cost_key) for job in found] == [(2, 4, "8x32x32"), (1, 4, "8x32x32")]
+    assert [(job.job_id, job.priority, job.client) for job in found] == [(urgent.id, 5, "key-1"), (first.id, 0, "")]
+    assert [(job.rows, job.steps_left, job.cost_key) for job in found] == [(2, 4, "8x32x32"), (1, 4, "8x32x32")]
     assert {kind: len(passes) for kind, passes in PASSES.items()} == ENGINE_ROWS
 
 
@@ -219,7 +219,7 @@ def test_kept_latents_outlive_the_worker_and_not_the_job(jobs: JobStore) -> None
     jobs.keep_latents(owner, {job.id: KeptLatents("e" * 64, 1, b"early")})
     jobs.keep_latents(owner, {job.id: KEPT})
     jobs.requeue_abandoned(lease_s=-1)
-    assert [waiting.steps for waiting in jobs.waiting(1)] == [2]
+    assert [waiting.steps_left for waiting in jobs.waiting(1)] == [2]
     assert (jobs.get(job.id).progress, jobs.latents(job.id)) == (50, KEPT)
     second = new_owner()
     lease(jobs, second)

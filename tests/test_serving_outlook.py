@@ -18,15 +18,15 @@ KNOWN = Prices(buckets={SMALL: (1.0, 0.1), LARGE: (1.0, 0.4)}, delivery_megapixe
 waiting_jobs = st.lists(
     st.builds(
         QueuedJob,
-        id=st.uuids().map(str),
+        job_id=st.uuids().map(str),
         cost_key=st.sampled_from([SMALL, LARGE]),
-        steps=st.integers(1, 30),
+        steps_left=st.integers(1, 30),
         rows=st.integers(1, 3),
         created_at=st.just(0.0),
     ),
     min_size=1,
     max_size=15,
-    unique_by=lambda one: one.id,
+    unique_by=lambda one: one.job_id,
 )
 
 
@@ -73,10 +73,10 @@ def test_estimates_are_near_what_comes_and_more_work_makes_no_video_earlier(jobs
     assert all(told[name] >= done_at - 1e-9 for name, done_at in without_last.items())
     clock = VirtualClock()
     scheduler = Scheduler[SimulatedRow](8, CostModel(KNOWN), clock)
-    arrivals = [Arrival(one.id, one.cost_key, one.steps, one.rows, 0.0) for one in jobs]
+    arrivals = [Arrival(one.job_id, one.cost_key, one.steps_left, one.rows, 0.0) for one in jobs]
     done = simulate(scheduler, arrivals, KNOWN.seconds, clock).done_at
     assert max(told.values()) == pytest.approx(max(done.values()), rel=0.5)
-    assert all(told[one.id] >= one.steps * KNOWN.seconds(one.cost_key, one.rows) - 1e-9 for one in jobs)
+    assert all(told[one.job_id] >= one.steps_left * KNOWN.seconds(one.cost_key, one.rows) - 1e-9 for one in jobs)
 
 
 def test_an_outlook_travels_as_json_and_two_replicas_are_faster_than_one() -> None:

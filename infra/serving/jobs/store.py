@@ -25,8 +25,8 @@ from infra.serving.jobs.table import (
     Order,
     ReplicaState,
     State,
-    Waiting,
 )
+from infra.serving.scheduling.order import QueuedJob
 
 _CREATE_LOCK = "stiv/create"
 
@@ -110,23 +110,14 @@ class JobStore:
             job.error_message, job.preview, job.idempotency_key, job.notify_at = None, None, None, None
             _end(session, job, "deleted", files_until=time.time())
 
-    def waiting(self, limit: int) -> list[Waiting]:
+    def waiting(self, limit: int) -> list[QueuedJob]:
         """Queued jobs as the scheduler weighs them; of more than `limit`, the urgent and then the old ones."""
-        queued = select(Job).where(Job.state == "queued").order_by(Job.priority.desc(), Job.sequence).limit(limit)
+        steps_left = Job.denoise_steps - Job.kept_step
+        weighed = Job.id, Job.cost_key, steps_left, Job.engine_rows, Job.created_at
+        queued = select(*weighed, Job.client, Job.priority, Job.deadline_at).where(Job.state == "queued")
         with self.database.read() as session:
-            return [
-                Waiting(
-                    id=job.id,
-                    client=job.client,
-                    priority=job.priority,
-                    deadline_at=job.deadline_at,
-                    created_at=job.created_at,
-                    rows=job.engine_rows,
-                    steps=job.denoise_steps - job.kept_step,
-                    cost_key=job.cost_key,
-                )
-                for job in session.scalars(queued)
-            ]
+            found = session.execute(queued.order_by(Job.priority.desc(), Job.sequence).limit(limit))
+            return [QueuedJob(*values) for values in found]
 
     def lease(self, owner: str, ids: Sequence[str]) -> list[Job]:
         """Those of `ids` that are still queued, in that order, now in progress and held by `owner`."""

@@ -132,22 +132,6 @@ class ReplicaState(Base):
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """A queued job as a scheduler weighs it."""
-
-    id: str
-    client: str
-    priority: int
-    deadline_at: float | None
-    created_at: float
-    rows: int
-    """Of an engine call."""
-    steps: int
-    """Left to do."""
-    cost_key: str
-
-
-@dataclass(frozen=True, slots=True)
 class Beat:
     """A sign of life of one running job."""
 

@@ -1,10 +1,8 @@
-"""In which order videos are served: fair shares first, then what can still be in time, by its target, then the rest.
+"""What decides the order of a video: what is known of it, its target, and where it ranks in time or late.
 
-It owns the order and its settings; it knows nothing of calls, memory or who is resident. All of it is a pure function
-of the videos, the time and the clients' lead, so a worker, a server that only answers, and the simulator agree.
+It owns the ranks and the settings behind them; how an order comes of many ranks, and of fair shares, is `ranking`'s.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -13,12 +11,14 @@ from pydantic import Field
 from infra.serving.scheduling.cost import Prices
 from model.config import Config
 
+Rank = tuple[float, float, str]
 
-class Waiting(Protocol):
-    """A queued job."""
+
+class Video(Protocol):
+    """A queued job, or a row that is being denoised."""
 
     @property
-    def id(self) -> str: ...
+    def job_id(self) -> str: ...
     @property
     def client(self) -> str: ...
     @property
@@ -29,24 +29,24 @@ class Waiting(Protocol):
     def created_at(self) -> float: ...
     @property
     def rows(self) -> int:
-        """Engine rows of a call: 1 without guidance, 2 with joint, 3 with separate guidance."""
+        """Engine rows of its next call: 1 without guidance, 2 with joint, 3 with separate; 0 if it needs none."""
         ...
 
     @property
-    def steps(self) -> int: ...
+    def steps_left(self) -> int: ...
     @property
     def cost_key(self) -> str:
         """FRAMESxHEIGHTxWIDTH; videos of one bucket can share a call and are priced alike."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class QueuedJob:
-    """A `Waiting` that is no row of a table."""
+    """A `Video` that waits."""
 
-    id: str
+    job_id: str
     cost_key: str
-    steps: int
+    steps_left: int
     rows: int
     created_at: float
     client: str = ""
@@ -67,18 +67,15 @@ class Policy(Config):
     """How far a client may be ahead of another that waits, in typical videos."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Candidate:
-    """A video as the order sees it."""
+    """A video as the order sees it. Where it stands in the order does not change while it waits."""
 
-    id: str
-    key: object
-    """Equal keys can share a call."""
+    job_id: str
     cost_key: str
     client: str
     rows: int
-    steps: int
-    """Still to do."""
+    steps_left: int
     created_at: float
     worth_s: float
     """Waiting that its priority stands for."""
@@ -89,11 +86,23 @@ class Candidate:
 
     delivery_s: float
     """The part of it after the last step."""
+    key: object = None
+    """Of a row: equal keys can share a call. None while the job is queued."""
 
     @property
     def arrived_at(self) -> float:
         """Its age as it counts among late ones."""
         return self.created_at - self.worth_s
+
+    @property
+    def timely_rank(self) -> Rank:
+        """Among videos that can be in time: the nearest target first."""
+        return self.target_at - self.worth_s, self.arrived_at, self.job_id
+
+    @property
+    def late_rank(self) -> Rank:
+        """Among the late: as they arrived."""
+        return self.arrived_at, self.arrived_at, self.job_id
 
     def is_late(self, now: float) -> bool:
         """Whether it cannot reach its target even if it runs alone from now on."""
@@ -101,46 +110,28 @@ class Candidate:
 
     def longest_call_s(self, now: float) -> float:
         """How long its calls may take from now on so that it still reaches its target."""
-        return (self.target_at - self.delivery_s - now) / max(self.steps, 1)
+        return (self.target_at - self.delivery_s - now) / max(self.steps_left, 1)
+
+    def may_ride_with(self, leader: "Candidate") -> bool:
+        """Whether one call can hold both; a queued job will be a row of the bucket, whichever engine draws it."""
+        if self.cost_key != leader.cost_key:
+            return False
+        return self.key is None or leader.key is None or self.key == leader.key
 
 
-def candidate(job: Waiting, prices: Prices, policy: Policy) -> Candidate:
-    delivery_s = prices.delivery_seconds(job.cost_key)
-    alone_s = job.steps * prices.seconds(job.cost_key, job.rows) + delivery_s
-    own_target = job.created_at + policy.target_stretch * alone_s
+def candidate(video: Video, prices: Prices, policy: Policy) -> Candidate:
+    delivery_s = prices.delivery_seconds(video.cost_key)
+    alone_s = video.steps_left * prices.seconds(video.cost_key, video.rows) + delivery_s
+    own_target = video.created_at + policy.target_stretch * alone_s
     return Candidate(
-        id=job.id,
-        key=job.cost_key,
-        cost_key=job.cost_key,
-        client=job.client,
-        rows=job.rows,
-        steps=job.steps,
-        created_at=job.created_at,
-        worth_s=job.priority * policy.aging_s,
-        target_at=own_target if job.deadline_at is None else job.deadline_at,
+        job_id=video.job_id,
+        cost_key=video.cost_key,
+        client=video.client,
+        rows=video.rows,
+        steps_left=video.steps_left,
+        created_at=video.created_at,
+        worth_s=video.priority * policy.aging_s,
+        target_at=own_target if video.deadline_at is None else video.deadline_at,
         alone_s=alone_s,
         delivery_s=delivery_s,
     )
-
-
-def in_order(
-    candidates: Iterable[Candidate], now: float, lead: Mapping[str, float], quantum_s: float
-) -> list[Candidate]:
-    """Most urgent first: videos that can reach their target by target, then the late ones as they arrived.
-
-    With several clients the videos of each fall into rounds, `quantum_s` engine seconds long and begun by its `lead`;
-    an earlier round goes first.
-    """
-    ranked = sorted(candidates, key=lambda one: _urgency(one, now))
-    if len(lead) < 2:
-        return ranked
-    had, rounds = dict(lead), dict[str, int]()
-    for one in ranked:
-        rounds[one.id] = int(had[one.client] / quantum_s)
-        had[one.client] += one.alone_s
-    return sorted(ranked, key=lambda one: rounds[one.id])
-
-
-def _urgency(one: Candidate, now: float) -> tuple[bool, float, float, str]:
-    late = one.is_late(now)
-    return late, one.arrived_at if late else one.target_at - one.worth_s, one.arrived_at, one.id

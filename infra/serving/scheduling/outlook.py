@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from infra.serving.scheduling.cost import LEAST_S, Prices
-from infra.serving.scheduling.order import Candidate, Policy, Waiting, candidate, in_order
+from infra.serving.scheduling.order import Candidate, Policy, Video, candidate
+from infra.serving.scheduling.ranking import in_order, rankings
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class _Bucket:
 
     def add(self, one: Candidate) -> None:
         self.rows += one.rows
-        self.row_steps += one.rows * one.steps
-        self.most_steps = max(self.most_steps, one.steps)
+        self.row_steps += one.rows * one.steps_left
+        self.most_steps = max(self.most_steps, one.steps_left)
 
     def seconds(self, cost_key: str, max_rows: int, prices: Prices) -> float:
         """All of it, in calls as full as they can be; no video takes two steps in one call."""
@@ -54,11 +55,12 @@ class Outlook:
     policy: Policy
     replicas: int = 1
 
-    def estimates(self, waiting: Iterable[Waiting]) -> dict[str, float]:
+    def estimates(self, waiting: Iterable[Video]) -> dict[str, float]:
         """When each video held or waiting will be done; more work never makes another earlier."""
         queued = [candidate(job, self.prices, self.policy) for job in waiting]
-        lead = dict.fromkeys((one.client for one in queued), 0.0) | dict(self.lead)
-        ordered = in_order([*self.held, *queued], self.at, lead, self.quantum_s)
+        group = rankings((*self.held, *queued), self.at)
+        lead = {client: self.lead.get(client, 0.0) for client in group}
+        ordered = list(in_order([group], lead, self.quantum_s))
         buckets: dict[str, _Bucket] = {}
         seconds: dict[str, float] = {}
         done: dict[str, float] = {}
@@ -66,22 +68,23 @@ class Outlook:
             bucket = buckets.setdefault(one.cost_key, _Bucket())
             bucket.add(one)
             seconds[one.cost_key] = bucket.seconds(one.cost_key, self.max_rows, self.prices)
-            own_s = one.steps * self.prices.seconds(one.cost_key, one.rows)
-            done[one.id] = max(sum(seconds.values()) / self.replicas, own_s)
+            own_s = one.steps_left * self.prices.seconds(one.cost_key, one.rows)
+            done[one.job_id] = max(sum(seconds.values()) / self.replicas, own_s)
         total_s = sum(seconds.values()) / self.replicas
         slowed = 1 - self.policy.late_share if any(one.is_late(self.at) for one in ordered) else 1.0
         return {
-            one.id: self.at + one.delivery_s + max(done[one.id], min(done[one.id] / slowed, total_s)) for one in ordered
+            one.job_id: self.at + one.delivery_s + max(done[one.job_id], min(done[one.job_id] / slowed, total_s))
+            for one in ordered
         }
 
-    def estimate(self, waiting: Iterable[Waiting], job: Waiting) -> Estimate:
+    def estimate(self, waiting: Iterable[Video], job: Video) -> Estimate:
         """Of a job that would be created now."""
-        others = [one for one in waiting if one.id != job.id]
+        others = [one for one in waiting if one.job_id != job.job_id]
         alone_s = candidate(job, self.prices, self.policy).alone_s
-        done_at = self.estimates([*others, job])[job.id]
+        done_at = self.estimates([*others, job])[job.job_id]
         return Estimate(max(done_at, job.created_at + alone_s), alone_s)
 
-    def retry_after(self, waiting: Iterable[Waiting], places: int = 1) -> float:
+    def retry_after(self, waiting: Iterable[Video], places: int = 1) -> float:
         """Seconds until so many places of a full queue are free: as many videos are done by then."""
         done = sorted(self.estimates(waiting).values())
         return max(done[min(places, len(done)) - 1] - self.at, LEAST_S) if done else LEAST_S
@@ -101,7 +104,7 @@ class Outlook:
         )
 
     def to_json(self) -> dict[str, Any]:
-        held = [{**asdict(one), "key": one.cost_key} for one in self.held]
+        held = [asdict(replace(one, key=None)) for one in self.held]
         return {
             "at": self.at,
             "max_rows": self.max_rows,

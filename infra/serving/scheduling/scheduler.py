@@ -13,48 +13,30 @@ the oldest, whatever else arrives.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from infra.serving.scheduling.cost import LEAST_S, CostModel, volume
 from infra.serving.scheduling.fairness import FairShare
-from infra.serving.scheduling.order import Candidate, Policy, QueuedJob, Waiting, candidate, in_order
+from infra.serving.scheduling.order import Candidate, Policy, Video, candidate
 from infra.serving.scheduling.outlook import Outlook
+from infra.serving.scheduling.ranking import Line, in_order, rankings
 
 Clock = Callable[[], float]
 RESIDENT_A_ROW = 2
 """Videos held for each engine row of a call, unless said: enough to pause whole calls for urgent ones."""
 
 
-class Schedulable(Protocol):
+class Seated(Video, Protocol):
     """A resident video."""
 
     @property
-    def job_id(self) -> str: ...
-    @property
     def key(self) -> object:
-        """Equal keys can share an engine call."""
+        """Equal keys can share an engine call; it does not change while the row is resident."""
         ...
 
-    @property
-    def cost_key(self) -> str: ...
-    @property
-    def client(self) -> str: ...
-    @property
-    def priority(self) -> int: ...
-    @property
-    def deadline_at(self) -> float | None: ...
-    @property
-    def created_at(self) -> float: ...
-    @property
-    def rows(self) -> int:
-        """Engine rows of its next call; 0 if it needs none for this step."""
-        ...
 
-    @property
-    def steps_left(self) -> int: ...
-
-
-Row = TypeVar("Row", bound=Schedulable)
+Row = TypeVar("Row", bound=Seated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +56,8 @@ DEFAULT_POLICY = Policy()
 @dataclass(frozen=True, slots=True)
 class _Seat(Generic[Row]):
     row: Row
-    admitted: Candidate
+    standing: Candidate
+    """Brought up to date before every decision."""
 
 
 class Scheduler(Generic[Row]):
@@ -101,7 +84,7 @@ class Scheduler(Generic[Row]):
         self._clock = clock
         self._seats: dict[str, _Seat[Row]] = {}
         self._coming: dict[str, Candidate] = {}
-        self._queued: dict[str, Candidate] = {}
+        self._line = Line()
         self._shares = FairShare()
         self._typical_s = 0.0
         self._late: Candidate | None = None
@@ -124,23 +107,27 @@ class Scheduler(Generic[Row]):
         """Engine rows a call of this bucket may have."""
         return int(min(self.max_rows, self.memory.call_volume // volume(cost_key)))
 
-    def choose(self, waiting: Sequence[Waiting], limit: int) -> list[str]:
+    def choose(self, waiting: Sequence[Video], limit: int) -> list[str]:
         """At most `limit` jobs to lease now: those the call after the next would hold if all that wait were resident.
 
         They count as resident until `admit` or `leave`. Jobs that would be paused at once are left to other replicas.
         """
-        for job in waiting:
-            self._coming.pop(job.id, None)
+        if self._coming:
+            for job in waiting:
+                self._coming.pop(job.job_id, None)
         now = self._clock()
-        self._queued = {job.id: self._queued.get(job.id) or self._priced(job) for job in waiting}
-        staying = [one for one in self._resident() if one.steps > 1]
-        ordered = self._ordered([*staying, *self._coming.values(), *self._queued.values()], now)
-        self._queued_late = _first_late((one for one in ordered if one.id in self._queued), now)
+        self._line.update(waiting, self._priced, now)
+        held = {one.job_id: one for one in self._resident() if one.steps_left > 1} | self._coming
+        groups = rankings(held.values(), now), self._line.rankings
+        lead = self._shares.lead(client for group in groups for client in group)
+        self._queued_late = self._line.first_late(lead, self._quantum_s)
+        leader = self._late_leader(lambda job_id: held.get(job_id) or self._line.find(job_id))
         chosen: list[str] = []
-        for one in self._plan(ordered, now):
-            if one.id in self._queued and len(chosen) < limit and self._has_room(one):
-                self._coming[one.id] = self._queued.pop(one.id)
-                chosen.append(one.id)
+        for one in self._plan(in_order(groups, lead, self._quantum_s), leader, now):
+            if one.job_id not in held and len(chosen) < limit and self._has_room(one):
+                self._line.take(one.job_id)
+                self._coming[one.job_id] = one
+                chosen.append(one.job_id)
         return chosen
 
     def admit(self, row: Row) -> None:
@@ -155,10 +142,10 @@ class Scheduler(Generic[Row]):
                 f"job {row.job_id} takes {row.rows} engine rows of bucket {row.cost_key}, a call holds"
                 f" {self.rows_of(row.cost_key)}; refuse such requests"
             )
-        self._queued.pop(row.job_id, None)
-        admitted = replace(chosen or self._priced(_as_queued(row)), key=row.key)
-        self._seats[row.job_id] = _Seat(row, admitted)
-        self._typical_s += (admitted.alone_s - self._typical_s) * (0.1 if self._typical_s else 1.0)
+        self._line.take(row.job_id)
+        standing = replace(chosen or self._priced(row), key=row.key)
+        self._seats[row.job_id] = _Seat(row, standing)
+        self._typical_s += (standing.alone_s - self._typical_s) * (0.1 if self._typical_s else 1.0)
 
     def leave(self, job_id: str) -> None:
         """Free the place of a row that is finished, failed or cancelled, or of a job that was chosen in vain."""
@@ -170,9 +157,12 @@ class Scheduler(Generic[Row]):
         if not self._seats:
             return []
         now = self._clock()
-        ordered = self._ordered(self._resident(), now)
-        self._late = _older(_first_late(ordered, now), self._queued_late)
-        return [self._seats[one.id].row for one in self._plan(ordered, now)]
+        held = {one.job_id: one for one in self._resident()}
+        group = rankings(held.values(), now)
+        ordered = list(in_order([group], self._shares.lead(group), self._quantum_s))
+        late = next((one for one in ordered if one.is_late(now)), None)
+        self._late = _older(late, self._queued_late)
+        return [self._seats[one.job_id].row for one in self._plan(ordered, self._late_leader(held.get), now)]
 
     def observe(self, batch: Sequence[Row], seconds: float) -> None:
         """The call for `batch` took so long: the cost is learnt, its clients are charged."""
@@ -182,14 +172,14 @@ class Scheduler(Generic[Row]):
             self._shares.charge(row.client, seconds * (row.rows / rows if rows else 1 / len(batch)))
         if self._late is None:
             self._late_credit_s = 0.0
-        elif any(row.job_id == self._late.id for row in batch):
+        elif any(row.job_id == self._late.job_id for row in batch):
             self._late_credit_s = min(0.0, self._late_credit_s - (1 - self.policy.late_share) * seconds)
         else:
             self._late_credit_s += self.policy.late_share * seconds
 
     def outlook(self) -> Outlook:
         """What this replica holds and how fast it is, for estimates in any process."""
-        held = [*self._resident(), *self._coming.values()]
+        held = [replace(one) for one in (*self._resident(), *self._coming.values())]
         return Outlook(
             at=self._clock(),
             max_rows=self.max_rows,
@@ -204,39 +194,41 @@ class Scheduler(Generic[Row]):
     def _quantum_s(self) -> float:
         return max(self.policy.fair_quantum * self._typical_s, LEAST_S)
 
-    def _priced(self, job: Waiting) -> Candidate:
-        return candidate(job, self.cost.prices, self.policy)
+    def _priced(self, video: Video) -> Candidate:
+        return candidate(video, self.cost.prices, self.policy)
 
     def _has_room(self, one: Candidate) -> bool:
         if self.free_rows == 0:
             return False
-        held = [*(seat.admitted for seat in self._seats.values()), *self._coming.values()]
+        held = [*(seat.standing for seat in self._seats.values()), *self._coming.values()]
         return sum(volume(each.cost_key) for each in (*held, one)) <= self.memory.resident_volume or not held
 
     def _resident(self) -> list[Candidate]:
         """As they stand now."""
-        found: list[Candidate] = []
+        step_s: dict[tuple[str, int], float] = {}
         for seat in self._seats.values():
-            known, steps = seat.admitted, seat.row.steps_left
-            alone_s = steps * self.cost.seconds(known.cost_key, known.rows) + known.delivery_s
-            found.append(replace(known, rows=seat.row.rows, steps=steps, alone_s=alone_s))
-        return found
+            one, row = seat.standing, seat.row
+            one.steps_left, one.rows = row.steps_left, row.rows
+            price = one.cost_key, one.rows or 1
+            if price not in step_s:
+                step_s[price] = self.cost.seconds(*price)
+            one.alone_s = one.steps_left * step_s[price] + one.delivery_s
+        return [seat.standing for seat in self._seats.values()]
 
-    def _ordered(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
-        return in_order(candidates, now, self._shares.lead(one.client for one in candidates), self._quantum_s)
+    def _late_leader(self, find: Callable[[str], Candidate | None]) -> Candidate | None:
+        """The oldest late one, when it is its turn to lead."""
+        return find(self._late.job_id) if self._late is not None and self._late_credit_s > 0 else None
 
-    def _plan(self, ordered: Sequence[Candidate], now: float) -> list[Candidate]:
-        """The call's videos: the leader, and those that ride along."""
-        if not ordered:
-            return []
-        leader = ordered[0]
-        if self._late is not None and self._late_credit_s > 0:
-            leader = next((one for one in ordered if one.id == self._late.id), leader)
+    def _plan(self, ordered: Iterable[Candidate], leader: Candidate | None, now: float) -> list[Candidate]:
+        """The call's videos: the leader, the first unless said, and those that ride along."""
         batch: list[Candidate] = []
-        rows, limit, longest_s = 0, self.rows_of(leader.cost_key), float("inf")
-        measured = leader.cost_key in self.cost.prices.buckets
-        for one in (leader, *ordered):
-            if batch and (one is leader or one.key != leader.key or rows + one.rows > limit):
+        rows, limit, longest_s, measured = 0, 0, float("inf"), False
+        for one in ordered if leader is None else chain((leader,), ordered):
+            if not batch:
+                leader, limit, measured = one, self.rows_of(one.cost_key), one.cost_key in self.cost.prices.buckets
+            elif rows >= limit and one.key is None:
+                break  # a resident may need no row of its next call; a queued job needs one
+            elif one is leader or rows + one.rows > limit or leader is None or not one.may_ride_with(leader):
                 continue  # the leader is taken even if no call holds it: `admit` refuses it, and it holds up nobody
             call_s, may_take_s = self.cost.seconds(one.cost_key, rows + one.rows), one.longest_call_s(now)
             if measured and call_s > longest_s:
@@ -248,24 +240,7 @@ class Scheduler(Generic[Row]):
         return batch
 
 
-def _as_queued(row: Schedulable) -> QueuedJob:
-    return QueuedJob(
-        id=row.job_id,
-        cost_key=row.cost_key,
-        steps=row.steps_left,
-        rows=row.rows,
-        created_at=row.created_at,
-        client=row.client,
-        priority=row.priority,
-        deadline_at=row.deadline_at,
-    )
-
-
-def _first_late(ordered: Iterable[Candidate], now: float) -> Candidate | None:
-    return next((one for one in ordered if one.is_late(now)), None)
-
-
 def _older(one: Candidate | None, other: Candidate | None) -> Candidate | None:
     if one is None or other is None:
         return one or other
-    return min(one, other, key=lambda each: (each.arrived_at, each.id))
+    return min(one, other, key=lambda each: each.late_rank)

@@ -5,61 +5,35 @@ and what a call costs is passed in. It knows nothing of engines, databases or th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Protocol, Self
 
-from infra.serving.scheduling.order import QueuedJob, Waiting
+from infra.serving.scheduling.order import QueuedJob, Video
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arrival(QueuedJob):
     """A job that will be asked for at `created_at`."""
 
     cancelled_at: float | None = None
 
 
-@dataclass(slots=True)
-class SimulatedRow:
-    arrival: Arrival
-    steps_left: int
-
-    @property
-    def job_id(self) -> str:
-        return self.arrival.id
+class SimulatedRow(Arrival):
+    """An arrival that is being denoised."""
 
     @property
     def key(self) -> str:
-        return self.arrival.cost_key
+        return self.cost_key
 
-    @property
-    def cost_key(self) -> str:
-        return self.arrival.cost_key
-
-    @property
-    def client(self) -> str:
-        return self.arrival.client
-
-    @property
-    def priority(self) -> int:
-        return self.arrival.priority
-
-    @property
-    def deadline_at(self) -> float | None:
-        return self.arrival.deadline_at
-
-    @property
-    def created_at(self) -> float:
-        return self.arrival.created_at
-
-    @property
-    def rows(self) -> int:
-        return self.arrival.rows
+    @classmethod
+    def of(cls, arrival: Arrival) -> Self:
+        return cls(**asdict(arrival))
 
 
 class Serves(Protocol):
     """What a worker asks of a scheduler; `Scheduler` is one."""
 
-    def choose(self, waiting: Sequence[Waiting], limit: int) -> list[str]: ...
+    def choose(self, waiting: Sequence[Video], limit: int) -> list[str]: ...
     def admit(self, row: SimulatedRow) -> None: ...
     def leave(self, job_id: str) -> None: ...
     def next_batch(self) -> list[SimulatedRow]: ...
@@ -105,11 +79,11 @@ def simulate(
     while coming or waiting or resident:
         while coming and coming[-1].created_at <= clock.now:
             one = coming.pop()
-            waiting[one.id] = one
+            waiting[one.job_id] = one
         _cancel(scheduler, waiting, resident, traffic, clock.now)
         for job_id in scheduler.choose(list(waiting.values()), len(waiting)):
             one = waiting.pop(job_id)
-            resident[job_id] = SimulatedRow(one, one.steps)
+            resident[job_id] = SimulatedRow.of(one)
             scheduler.admit(resident[job_id])
         batch = scheduler.next_batch()
         if batch:
@@ -150,10 +124,9 @@ def _cancel(
     traffic: Traffic,
     now: float,
 ) -> None:
-    found = [*waiting.values(), *(row.arrival for row in resident.values())]
-    for one in found:
+    for one in (*waiting.values(), *resident.values()):
         if one.cancelled_at is not None and one.cancelled_at <= now:
-            waiting.pop(one.id, None)
-            if resident.pop(one.id, None) is not None:
-                scheduler.leave(one.id)
-            traffic.cancelled.append(one.id)
+            waiting.pop(one.job_id, None)
+            if resident.pop(one.job_id, None) is not None:
+                scheduler.leave(one.job_id)
+            traffic.cancelled.append(one.job_id)
