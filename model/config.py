@@ -252,6 +252,13 @@ class TrainingConfig(Config):
         return self
 
 
+RESUMABLE = frozenset(
+    {"world_size", "sequence_parallel", "zero_stage", "micro_batch_size", "activation_checkpointing", "compile"}
+    | {"checkpoint_every", "keep_checkpoints", "log_every"}
+)
+"""Fields of `training` that may change when a run is resumed: the weights depend on them by rounding at most."""
+
+
 class BucketConfig(Config):
     """A shape that some steps train on."""
 

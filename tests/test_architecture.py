@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ MODULES_A_PACKAGE = 14
 
 # What `pip install` brings for a machine with the hardware, not for every machine.
 OPTIONAL = {"tensorrt"}
+EXTRAS = ("demo", "cluster")
+"""Of what the rooms import, what a user asks for by name."""
 
 
 def tree(module: Path) -> ast.Module:
@@ -102,7 +105,10 @@ def test_the_contracts_let_a_sound_house_stand(small_house: Path) -> None:
 def test_every_library_a_room_imports_is_declared() -> None:
     """What a room imports stands in pyproject.toml by name, and is not there only because something else needs it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    wanted = [
+        *project["dependencies"],
+        *chain.from_iterable(project["optional-dependencies"][extra] for extra in EXTRAS),
+    ]
     declared = {canonicalize_name(Requirement(line).name) for line in wanted}
     providers = packages_distributions()
     undeclared = [

@@ -16,6 +16,7 @@ from model.checkpoint import folder as checkpoint
 from model.checkpoint.reader import Reader
 from model.checkpoint.sink import CheckpointSink, restore
 from model.checkpoint.writer import CheckpointWriter
+from model.config import RESUMABLE
 from model.data.latents import require_fit
 from model.data.loader import ClipLoader
 from model.data.shards import INDEX, ShardSet
@@ -33,12 +34,6 @@ from model.training.stage import StageTraining
 from model.vae import HEADER, load_codec
 
 logger = logging.getLogger(__name__)
-
-RESUMABLE = frozenset(
-    {"world_size", "sequence_parallel", "zero_stage", "micro_batch_size", "activation_checkpointing", "compile"}
-    | {"checkpoint_every", "keep_checkpoints", "log_every"}
-)
-"""Fields of `training` that may change when a run is resumed: the weights depend on them by rounding at most."""
 
 
 def prepare(
