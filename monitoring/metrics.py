@@ -1,8 +1,8 @@
 """Every metric of the project, and the two ways out: an exporter of its own and a rendered page.
 
 It owns names, labels and buckets; it does not know who measures. A constant is its metric's name in capitals without
-the `stiv_`. Metrics stand in three registries, one a kind of process, so that a server never shows a training loss
-of 0: TRAINING (rank 0 of a stage), PIPELINE (promotion and export) and SERVING. No run, job or user id is a label.
+the `stiv_`. Metrics stand in four registries, one a kind of process, so that a server never shows a training loss
+of 0: TRAINING (rank 0 of a stage), PIPELINE (promotion, export, release), SERVING and ROUTING. No id is a label.
 """
 
 import threading
@@ -26,11 +26,17 @@ disable_created_metrics()
 TRAINING = CollectorRegistry()
 PIPELINE = CollectorRegistry()
 SERVING = CollectorRegistry()
+ROUTING = CollectorRegistry()
 
 # Edges in seconds. Steps run from milliseconds (tiny, one GPU call) to a minute (CPU, large); a video, a checkpoint
 # and an export take from seconds to an hour.
 _STEP_EDGES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _MINUTES_EDGES = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0)
+# A video's own time is compared between releases, so no edge is more than twice the one before.
+_JOB_EDGES = (
+    *(0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0),
+    *(60.0, 90.0, 120.0, 180.0, 240.0, 300.0, 450.0, 600.0, 900.0, 1200.0, 1800.0, 3600.0),
+)
 _ROW_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 TRAINING_STAGE_INFO = Gauge(
@@ -132,7 +138,22 @@ ENGINE_INFO = Gauge(
     registry=SERVING,
 )
 JOBS_TOTAL = Counter(
-    "stiv_jobs_total", "Jobs that ended, by outcome: completed, failed or cancelled.", ["outcome"], registry=SERVING
+    "stiv_jobs_total",
+    "Jobs that ended here, by outcome: completed, failed, cancelled, or handed_over (by a canary, to stable).",
+    ["outcome"],
+    registry=SERVING,
+)
+JOB_FAILURES_TOTAL = Counter(
+    "stiv_job_failures_total",
+    "Jobs that failed or were handed over, by the code that the client is told.",
+    ["code"],
+    registry=SERVING,
+)
+FRAMES_TOTAL = Counter("stiv_frames_total", "Frames of delivered videos.", registry=SERVING)
+BLANK_FRAMES_TOTAL = Counter(
+    "stiv_blank_frames_total",
+    "Frames of delivered videos that are one colour all over, such as black.",
+    registry=SERVING,
 )
 JOBS_RUNNING = Gauge("stiv_jobs_running", "Jobs that are being denoised now.", registry=SERVING)
 QUEUE_DEPTH = Gauge("stiv_queue_depth", "Jobs that wait for a worker.", registry=SERVING)
@@ -146,7 +167,21 @@ DENOISE_BATCH_ROWS = Histogram(
     "stiv_denoise_batch_rows", "Rows in one denoise step, two a video.", buckets=_ROW_EDGES, registry=SERVING
 )
 JOB_SECONDS = Histogram(
-    "stiv_job_seconds", "Time from a job's creation to its end.", buckets=_MINUTES_EDGES, registry=SERVING
+    "stiv_job_seconds",
+    "Time from a job's creation to its video.",
+    ["work"],
+    buckets=_JOB_EDGES,
+    registry=SERVING,
+)
+JOB_RUN_SECONDS = Histogram(
+    "stiv_job_run_seconds",
+    "Time from a worker's taking a job to its video, by work: pixels times denoise steps, up to that power of ten.",
+    ["work"],
+    buckets=_JOB_EDGES,
+    registry=SERVING,
+)
+MEMORY_BYTES = Gauge(
+    "stiv_memory_bytes", "Memory in use, by where: host (resident) or gpu (reserved).", ["where"], registry=SERVING
 )
 STAGE_SECONDS = Histogram(
     "stiv_stage_seconds",
@@ -176,6 +211,18 @@ WEBHOOKS_TOTAL = Counter(
     "Tries to tell a client of an ended video, by outcome: delivered, failed or given_up.",
     ["outcome"],
     registry=SERVING,
+)
+
+ROUTER_REQUESTS_TOTAL = Counter(
+    "stiv_router_requests_total",
+    "Requests that the router sent on, by track and the status that came back; none where nothing did.",
+    ["track", "status"],
+    registry=ROUTING,
+)
+ROUTER_RETRIES_TOTAL = Counter(
+    "stiv_router_retries_total",
+    "Tries of the router that no server took.",
+    registry=ROUTING,
 )
 
 # Until the first measurement 0 would be a lie: a perfect loss, an exact engine.

@@ -3,6 +3,7 @@
 It owns the numeric limits; it knows nothing of HTTP, jobs or tensors.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
@@ -64,6 +65,15 @@ ENGINE_ROWS = {"joint": 2, "separate": 3, "none": 1}
 def cost_key(request: VideoRequest) -> str:
     """FRAMESxHEIGHTxWIDTH: requests with equal ones take equally long a denoise step and row."""
     return f"{request.num_frames}x{request.height}x{request.width}"
+
+
+def work_class(request: VideoRequest) -> str:
+    """How much work a video is, to compare like with like: `1e6` takes up to a million pixels times denoise steps.
+
+    A power of ten from `1e5` to `1e11`, so that a label has few values whatever is asked for.
+    """
+    work = request.num_frames * request.height * request.width * request.num_inference_steps
+    return f"1e{min(11, max(5, math.ceil(math.log10(work))))}"
 
 
 class ServingLimits(Config):

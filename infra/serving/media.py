@@ -17,6 +17,9 @@ from PIL import Image
 
 from model.generation import Clip
 
+BLANK_DEVIATION = 0.5
+"""Of the pixels of a frame, in every channel, in 255ths: below it there is nothing to be seen."""
+
 
 def read_image(data: bytes) -> Clip:
     """A stored conditioning image as one frame [1, H, W, 3]."""
@@ -72,6 +75,12 @@ def png(clip: Clip) -> bytes:
 def thumbnail(clip: Clip) -> bytes:
     """The first frame as WebP."""
     return _encoded(Image.fromarray(clip[0]), "WEBP")
+
+
+def blank_frames(clip: Clip) -> int:
+    """How many frames are one colour all over."""
+    flat = clip.reshape(len(clip), -1, clip.shape[-1]).astype(np.float32)
+    return int((flat.std(axis=1).max(axis=1) < BLANK_DEVIATION).sum())
 
 
 def spritesheet(clip: Clip) -> bytes:

@@ -63,7 +63,7 @@ def make_server(
         logger.warning("no API key is set: anyone on this machine may ask, so only %s answers", settings.host)
     keys = KeyRing.of(settings)
     told = receivers(settings, keys)
-    jobs = JobStore(settings.database_url, notifies=told.any, max_losses=settings.max_losses)
+    jobs = JobStore(settings.database_url, notifies=told.any, max_losses=settings.max_losses, track=settings.track)
     worker = Worker(jobs, pipeline, JobFiles(jobs.database, _videos_store(settings.store_url)), settings)
     webhooks = WebhookSender(jobs, told.find) if told.any else None
     limits = limits or ServingLimits.of(pipeline.recipe, pipeline.profile)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, model_validator
 
+from infra.serving.jobs.table import Track
 from model.config import Config, Positive
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -20,6 +21,8 @@ class ServerSettings(Config):
     """SQLAlchemy URL of the job database, like `sqlite:///runs/serving/jobs.db`."""
     store_url: str
     """Where videos and uploaded images are kept: a folder or `s3://bucket/prefix`."""
+    track: Track = "stable"
+    """A canary makes only the videos that it accepted itself, and hands over what it cannot make (docs/release.md)."""
     model_name: str | None = None
     """Name clients ask for; `stiv-<stage>` if none is given."""
     host: str = "127.0.0.1"
@@ -76,13 +79,13 @@ class ServerSettings(Config):
     def from_environment(cls, environment: Mapping[str, str], **settings: Any) -> Self:
         """Settings with the secrets and the endpoints of the environment: STIV_ and a field's name in capitals.
 
-        STIV_API_KEYS is separated by commas. STIV_DATABASE_URL and STIV_VIDEOS_URL stand in place of those in
-        `settings`.
+        STIV_API_KEYS is separated by commas. STIV_DATABASE_URL, STIV_VIDEOS_URL and STIV_TRACK stand in place of those
+        in `settings`.
         """
         keys = [key.strip() for key in environment.get("STIV_API_KEYS", "").split(",")]
         names = ("keys_file", "webhook_url", "webhook_secret", "moderation_url", "moderation_token")
         variables = {name: f"STIV_{name.upper()}" for name in names}
-        places = {"database_url": "STIV_DATABASE_URL", "store_url": "STIV_VIDEOS_URL"}
+        places = {"database_url": "STIV_DATABASE_URL", "store_url": "STIV_VIDEOS_URL", "track": "STIV_TRACK"}
         said: dict[str, Any] = {
             name: environment[key] for name, key in (variables | places).items() if environment.get(key)
         }

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import psutil
+import torch
 from fastapi import APIRouter
 from fastapi.responses import Response
 
@@ -37,5 +39,8 @@ def ready(service: Serving) -> dict[str, str]:
 def scrape(service: Serving) -> Response:
     """Every metric of this process, for Prometheus."""
     metrics.QUEUE_DEPTH.set(service.jobs.count("queued"))
+    metrics.MEMORY_BYTES.labels("host").set(psutil.Process().memory_info().rss)
+    if torch.cuda.is_initialized():
+        metrics.MEMORY_BYTES.labels("gpu").set(torch.cuda.memory_reserved())
     page, content_type = metrics.render()
     return Response(page, headers={"content-type": content_type})

@@ -154,8 +154,9 @@ def list_videos(
 
 @router.get("/videos/{video_id}", responses=_READING)
 def retrieve_video(client: Caller, service: Serving, video_id: str, response: Response) -> Video:
-    """`openai-poll-after-ms` says when to ask again."""
+    """`openai-poll-after-ms` says when to ask again, `x-stiv-track` which release makes it."""
     job = Creation(service).find(video_id, client)
+    response.headers["x-stiv-track"] = job.track
     if job.state in ("queued", "in_progress"):
         response.headers["openai-poll-after-ms"] = str(poll_after_ms(job, time.time()))
     return to_video(job)

@@ -25,6 +25,7 @@ from infra.serving.jobs.table import (
     Order,
     ReplicaState,
     State,
+    Track,
 )
 from infra.serving.scheduling.order import QueuedJob
 
@@ -50,11 +51,15 @@ class IdempotencyConflict(Exception):
 class JobStore:
     """Jobs behind a database URL: `sqlite:///FILE`, or `postgresql://USER@HOST/NAME` shared by all replicas."""
 
-    def __init__(self, url: str, *, notifies: bool = False, max_losses: int = 3) -> None:
-        """`notifies`: ended jobs enter the outbox. A job that lost `max_losses` workers at one place is given up."""
+    def __init__(self, url: str, *, notifies: bool = False, max_losses: int = 3, track: Track = "stable") -> None:
+        """`notifies`: ended jobs enter the outbox. A job that lost `max_losses` workers at one place is given up.
+
+        Jobs made here are of `track`, and only those wait here; see `hand_over`.
+        """
         self.database = Database(url)
         self.notifies = notifies
         self.max_losses = max_losses
+        self.track: Track = track
 
     def create(self, new: NewJob, *, max_queued: int, max_active: int | None = None) -> Job:
         """A queued job, on disk when this returns; the one that stands if its client sent this before.
@@ -73,7 +78,7 @@ class JobStore:
                 raise QueueFull(f"{max_queued} videos are waiting already")
             if max_active is not None and _count(session, ("queued", "in_progress"), new.client) >= max_active:
                 raise QuotaExceeded(f"this key has {max_active} videos queued or running already")
-            job = new.row(f"video_{uuid.uuid4().hex}", time.time())
+            job = new.row(f"video_{uuid.uuid4().hex}", time.time(), self.track)
             session.add(job)
             for digest in set(new.inputs.values()):
                 session.add(FileUse(digest=digest, holder=job.id))
@@ -111,10 +116,11 @@ class JobStore:
             _end(session, job, "deleted", files_until=time.time())
 
     def waiting(self, limit: int) -> list[QueuedJob]:
-        """Queued jobs as the scheduler weighs them; of more than `limit`, the urgent and then the old ones."""
+        """Queued jobs of this track as the scheduler weighs them; of too many, the urgent and then the old ones."""
         steps_left = Job.denoise_steps - Job.kept_step
         weighed = Job.id, Job.cost_key, steps_left, Job.engine_rows, Job.created_at
-        queued = select(*weighed, Job.client, Job.priority, Job.deadline_at).where(Job.state == "queued")
+        queued = select(*weighed, Job.client, Job.priority, Job.deadline_at)
+        queued = queued.where(Job.state == "queued", Job.track == self.track)
         with self.database.read() as session:
             found = session.execute(queued.order_by(Job.priority.desc(), Job.sequence).limit(limit))
             return [QueuedJob(*values) for values in found]
@@ -189,6 +195,23 @@ class JobStore:
                 return False
             self._fail(session, job, code, message)
         return True
+
+    def hand_over(self, job_id: str, owner: str) -> bool:
+        """Queue a job that a canary could not make for stable, from its start; False if `owner` lost it meanwhile."""
+        with self.database.write() as session:
+            job = _held(session, job_id, owner)
+            if job is None:
+                return False
+            job.kept_step, job.losses = 0, 0
+            session.execute(delete(Latents).where(Latents.job_id == job_id))
+            _queue_again(job)
+        return True
+
+    def hand_over_waiting(self, *, older_than_s: float = 0.0) -> int:
+        """Queue for stable what has waited so long for a canary; a canary that leaves lets nobody wait for it."""
+        waits = Job.state == "queued", Job.track != "stable", Job.created_at <= time.time() - older_than_s
+        with self.database.write() as session:
+            return _row_count(session.execute(update(Job).where(*waits).values(track="stable")))
 
     def release(self, owner: str, ids: Collection[str] | None = None) -> int:
         """Queue what `owner` holds again, or those of it; it was given back in good order, so no attempt is counted."""
@@ -320,6 +343,8 @@ def _end(session: Session, job: Job, state: State, *, files_until: float) -> Non
 
 
 def _queue_again(job: Job) -> None:
+    """For stable: what a canary leaves, whoever is sound takes."""
+    job.track = "stable"
     job.state, job.owner, job.heartbeat_at, job.started_at, job.estimated_done_at = "queued", None, None, None, None
     job.progress = 100 * job.kept_step // job.denoise_steps
 

@@ -15,6 +15,8 @@ from infra.serving.limits import ENGINE_ROWS, VideoRequest, cost_key
 
 State = Literal["queued", "in_progress", "completed", "failed", "deleted"]
 Order = Literal["asc", "desc"]
+Track = Literal["stable", "canary"]
+"""Which release a server belongs to; a job is made by the track that accepted it, until stable takes it over."""
 
 
 class Base(DeclarativeBase):
@@ -44,6 +46,8 @@ class Job(Base):
     """Order of creation; pages and the queue follow it."""
     id: Mapped[str] = mapped_column(String(40), unique=True)
     state: Mapped[str] = mapped_column(String(16))
+    track: Mapped[str] = mapped_column(String(16))
+    """Whose workers may lease it, see `Track`."""
     model: Mapped[str] = mapped_column(String(100))
     request_json: Mapped[dict[str, Any]] = mapped_column(JSON)
     inputs: Mapped[dict[str, str]] = mapped_column(JSON)
@@ -173,11 +177,12 @@ class NewJob:
     """Of what the client sent; equal to that of a first try with the same key, if this is a second one."""
     remixed_from: str | None = None
 
-    def row(self, job_id: str, now: float) -> Job:
+    def row(self, job_id: str, now: float, track: Track = "stable") -> Job:
         request = self.request
         return Job(
             id=job_id,
             state="queued",
+            track=track,
             model=self.model,
             request_json=request.model_dump(mode="json"),
             inputs=dict(self.inputs),

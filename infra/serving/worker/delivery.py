@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from infra.serving import media
 from infra.serving.jobs.files import JobFiles
+from infra.serving.jobs.table import Job
+from infra.serving.limits import work_class
 from infra.serving.settings import ServerSettings
 from infra.serving.worker.ending import Endings
 from infra.serving.worker.held import HeldJob
@@ -89,9 +91,7 @@ class Delivery:
         completed = self._trying(held, lambda: self._complete(held, artifacts))
         self.endings.held.drop(held.job.id)
         if completed:
-            seconds = time.time() - held.job.created_at
-            metrics.JOBS_TOTAL.labels("completed").inc()
-            metrics.JOB_SECONDS.observe(seconds)
+            seconds = _count(held.job, clip)
             logger.info("job %s completed after %.1f s", held.job.id, seconds)
 
     def _complete(self, held: HeldJob, artifacts: dict[str, str]) -> bool:
@@ -106,3 +106,15 @@ class Delivery:
     def _trying(self, held: HeldJob, work: Callable[[], Done]) -> Done:
         job_id = held.job.id
         return through_outages(work, wanted=lambda: self.endings.wanted(job_id), what=f"delivering job {job_id}")
+
+
+def _count(job: Job, clip: Clip) -> float:
+    """Measure a delivered video; the seconds since its job was created."""
+    now, work = time.time(), work_class(job.request)
+    seconds = now - job.created_at
+    metrics.JOBS_TOTAL.labels("completed").inc()
+    metrics.JOB_SECONDS.labels(work).observe(seconds)
+    metrics.JOB_RUN_SECONDS.labels(work).observe(now - (job.started_at or now))
+    metrics.FRAMES_TOTAL.inc(len(clip))
+    metrics.BLANK_FRAMES_TOTAL.inc(media.blank_frames(clip))
+    return seconds

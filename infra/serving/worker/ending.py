@@ -41,9 +41,13 @@ class Endings:
                 self._fail(job_id, error)
 
     def _fail(self, job_id: str, error: Exception) -> None:
+        """A canary fails nobody: what it cannot make, stable makes, or fails for good."""
         code, message = _explain(error)
+        outcome = "failed" if self.jobs.track == "stable" else "handed_over"
 
         def fail() -> bool:
+            if outcome == "handed_over":
+                return self.jobs.hand_over(job_id, self.owner)
             return self.jobs.fail(job_id, self.owner, code=code, message=message)
 
         try:
@@ -52,7 +56,8 @@ class Endings:
             return
         self.held.drop(job_id)
         if failed:
-            metrics.JOBS_TOTAL.labels("failed").inc()
+            metrics.JOBS_TOTAL.labels(outcome).inc()
+            metrics.JOB_FAILURES_TOTAL.labels(code).inc()
 
 
 def _explain(error: Exception) -> tuple[str, str]:

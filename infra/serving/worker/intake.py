@@ -79,6 +79,8 @@ class Intake:
         if time.monotonic() - self._recovered_at < RECOVER_EVERY_S:
             return
         found = self.jobs.requeue_abandoned(lease_s=self.settings.lease_s)
+        if self.jobs.track == "stable":
+            found += self.jobs.hand_over_waiting(older_than_s=self.settings.lease_s)
         self._recovered_at = time.monotonic()
         if found:
             logger.warning("%s jobs of lost workers were taken back", found)

@@ -163,6 +163,8 @@ class Worker:
             try:
                 self.keeper.keep_latents(every=1)
                 count = self.jobs.release(self.endings.owner)
+                if self.jobs.track != "stable":
+                    count += self.jobs.hand_over_waiting()
                 logger.info("worker %s stopped, %s jobs handed back to the queue", self.endings.owner, count)
                 return
             except OUTAGE as error:
