@@ -5,7 +5,7 @@ are sequential and share one rate of false aborts: a canary as good as stable is
 `false_abort_rate`, however long and however often it is looked at.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from infra.rollout.counts import Batch, Look
 from infra.rollout.sequential import WorseThanBaseline, WorseThanRate
+from infra.serving.jobs.table import Track
 from model.config import Config, Positive
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -94,14 +95,14 @@ class Analysis:
         self._burn = WorseThanRate(min(0.9, limits.max_burn * (1 - limits.objective)))
         self._slow = WorseThanBaseline(limits.slow_tolerance)
         self._blank = WorseThanBaseline(limits.blank_tolerance)
-        self._compared = 0
+        self._compared_before = 0
         self._ended_at_weight = 0
         self._silent = 0
 
     def new_weight(self) -> None:
         """The minimum of samples begins anew; the evidence against the canary stays."""
         self._ended_at_weight = 0
-        self._compared = 0
+        self._compared_before = self._slow.compared
 
     def judge(self, look: Look | None, standing: Standing) -> Judgement:
         """`look` is None where Prometheus gave no answer: nothing is concluded from silence."""
@@ -130,7 +131,6 @@ class Analysis:
             others = theirs.within.get(work, {})
             n, m = edges[float("inf")], others.get(float("inf"), 0)
             self._slow.update(n - edges.get(edge, n), n, m - others.get(edge, m), m)
-            self._compared += n
 
     def _checks(self, look: Look | None, standing: Standing) -> Iterator[Check]:
         limits = self.limits
@@ -144,15 +144,14 @@ class Analysis:
             yield Check("ready", "pass" if standing.ready else "inconclusive", f"not ready at {self._silent} looks")
         yield self._scraped(look)
         yield self._sampled("samples", self._ended_at_weight, "videos ended at this weight")
-        yield self._sampled("latency samples", self._compared, "videos compared with stable's of their class")
+        compared = self._slow.compared - self._compared_before
+        yield self._sampled("latency samples", compared, "videos compared with stable's of their class")
         errors, all_ours = self.total["canary"].bad, self.total["canary"].ended
         theirs = self.total["stable"]
         beside = f"{errors} of {all_ours} videos failed, {theirs.bad} of {theirs.ended} on stable"
         yield self._tested("errors", self._errors, beside)
         yield self._tested("error budget", self._burn, f"{errors} of {all_ours}, at most {self._burn.rate:.1%}")
-        yield self._tested(
-            "latency", self._slow, f"of {self._compared} videos compared, stable's slowest tenth as limit"
-        )
+        yield self._tested("latency", self._slow, f"{self._slow.compared} videos, against stable's slowest tenth")
         blank = f"{self.total['canary'].blank} of {self.total['canary'].frames} frames"
         yield self._tested("blank frames", self._blank, blank)
         yield self._memory(look)
@@ -172,7 +171,7 @@ class Analysis:
         return Check(name, "fail" if test.rejects(self._alpha) else "pass", words)
 
     def _memory(self, look: Look | None) -> Check:
-        found = {} if look is None else look.memory_bytes
+        found: Mapping[Track, float] = {} if look is None else look.memory_bytes
         if "canary" not in found or "stable" not in found:
             return Check("memory", "inconclusive", "not known of both")
         ratio = found["canary"] / max(1.0, found["stable"])
