@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from flows.catalog import recipe_path
-from flows.commands import engine, registry
+from flows.commands import engine, registry, rollout
 from flows.commands.options import StoreOption, TrustOption, WorkOption, open_registry
 from flows.commands.tables import console, print_figures, print_gate
 from model.recipe import Curriculum, dumps, load
@@ -20,6 +20,7 @@ vbench = typer.Typer(no_args_is_help=True, help="VBench: draw its videos, add up
 app.add_typer(vbench, name="vbench")
 app.add_typer(engine.app)
 app.add_typer(registry.app)
+app.add_typer(rollout.rollout, name="rollout")
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.section.key=value; stage may be *")]
 CheckpointArgument = Annotated[str, typer.Argument(help="ref or digest of a checkpoint")]

@@ -130,6 +130,12 @@ PARITY_MAX_ABS_ERROR = Gauge(
     "Largest difference between the exported engine and PyTorch in the last parity check.",
     registry=PIPELINE,
 )
+RELEASES_TOTAL = Counter(
+    "stiv_releases_total",
+    "Releases that came to their end, by decision: promote or abort.",
+    ["decision"],
+    registry=PIPELINE,
+)
 
 ENGINE_INFO = Gauge(
     "stiv_engine_info",
