@@ -161,7 +161,7 @@ def test_of_two_releases_at_once_one_waits_or_is_refused(registry: Registry) -> 
 
     with (
         releasing(registry.store, "one"),
-        pytest.raises(ReleaseInProgress, match=r"release 'one' is under way since 0 min: .*`stiv rollout abort`"),
+        pytest.raises(ReleaseInProgress, match=r"release 'one' is under way since 0 min: .* let this one wait"),
         releasing(registry.store, "two"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""ReleaseFlow as a user runs it: a promoted checkpoint is exported, proven, signed, stands as a canary and goes live."""
+"""ReleaseFlow as a user runs it: a promoted checkpoint is exported, proven, signed, and goes live as a canary."""
 
 import os
 import subprocess

@@ -179,5 +179,5 @@ def test_every_single_inconclusive_check_holds_a_canary() -> None:
     for left_out in combinations(("stable", "canary"), 1):
         seen = look(batch(4))
         kept = {track: value for track, value in seen.memory_bytes.items() if track not in left_out}
-        judgement, _ = judged(Look(seen.batches, seen.up, kept), looks=50)
+        judgement, _ = judged(Look(seen.batches, seen.up, kept), looks=50)  # pyright: ignore[reportArgumentType]
         assert judgement.verdict == "inconclusive" and "memory: not known of both" in judgement.words

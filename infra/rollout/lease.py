@@ -66,10 +66,10 @@ class Lease:
 
     def refusal(self) -> ReleaseInProgress:
         held = Held.model_validate_json(self.store.read(KEY).data)
-        minutes = (time.time() - held.since) / 60
+        minutes, left_s = (time.time() - held.since) / 60, max(0.0, held.until - time.time())
         return ReleaseInProgress(
-            f"release '{held.holder}' is under way since {minutes:.0f} min: wait for it, end it with `stiv rollout abort`,"
-            f" or let this one wait for it; if it died, it loses its place in {max(0.0, held.until - time.time()):.0f} s"
+            f"release '{held.holder}' is under way since {minutes:.0f} min: let this one wait for it, or end it with"
+            f" `stiv rollout abort`; if it died, it loses its place in {left_s:.0f} s"
         )
 
 

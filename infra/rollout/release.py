@@ -45,7 +45,7 @@ class Terms:
     who: str
     holder: str
     """Names the release to others; a resumed one has the name that it had."""
-    plan: CanaryPlan = CanaryPlan()
+    plan: CanaryPlan
     wait_s: float = 0.0
     """For another release to end."""
 
