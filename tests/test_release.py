@@ -129,7 +129,7 @@ def test_a_release_without_prometheus_ends_before_anything_is_started(
     for made in (other, one):
         sign_candidate(registry, made.digest, keys / "release.key", None, who="tests")
     fleet = NoServers(one.digest)
-    with pytest.raises(ValueError, match=r"there is no release/stable for a canary to stand beside; `stiv rollout up`"):
+    with pytest.raises(ValueError, match=r"there is no release/stable for a canary to stand beside; ReleaseFlow makes"):
         release(registry, other.digest, fleet, Prometheus("http://127.0.0.1:9"), terms())
     first_release(registry, one.digest, who="tests")
     with pytest.raises(PrometheusUnreachable, match=r"127\.0\.0\.1:9 is not ready .* start it, or name another"):
@@ -161,7 +161,7 @@ def test_of_two_releases_at_once_one_waits_or_is_refused(registry: Registry) -> 
 
     with (
         releasing(registry.store, "one"),
-        pytest.raises(ReleaseInProgress, match=r"release 'one' is under way since 0 min: .* let this one wait"),
+        pytest.raises(ReleaseInProgress, match=r"release 'one' is under way since 0 min: let this one wait"),
         releasing(registry.store, "two"),
     ):
         pass

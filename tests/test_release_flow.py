@@ -11,6 +11,7 @@ import pytest
 
 from flows.fleet import open_home
 from infra.registry.registry import Registry
+from infra.registry.signing.signatures import sign
 from infra.registry.signing.trust import Trust, make_keys
 from infra.rollout.release import CANDIDATE, STABLE
 from infra.store.location import open_store
@@ -48,6 +49,8 @@ def test_a_promoted_checkpoint_goes_live_by_itself_and_a_second_one_through_a_ca
         publish_checkpoint(registry, recipe, make_network(recipe, seed, text=384, pooled=384), tmp_path).digest
         for seed in (0, 1)
     ]
+    for digest in digests:  # with a policy, whatever is loaded must be signed
+        sign(registry.store, registry.manifest(digest), keys / "release.key")
     home = open_home(tmp_path / "home", str(tmp_path / "store"), os.environ)
     environment = {**os.environ, "METAFLOW_USER": "tests", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(tmp_path)}
     (tmp_path / ".metaflow").mkdir()

@@ -105,7 +105,7 @@ def release(
         before = stable_engine(registry)
         if before is None:
             raise ValueError(
-                f"there is no {STABLE} for a canary to stand beside; `stiv rollout up` makes the first one"
+                f"there is no {STABLE} for a canary to stand beside; ReleaseFlow makes a first one live at once"
             )
         if before.digest == digest and fleet.stable_engine == digest:
             outcome = Outcome(decision="promote", reason="it is stable already", seconds=0.0, observations=())
