@@ -43,7 +43,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="the whole plan as JSON")] = False,
 ) -> None:
     """Predict memory, speed and cost of a curriculum on given GPUs, and its best layouts (docs/plan.md)."""
-    from flows import plan as shown
+    from flows.commands import plan as shown
     from model.planning.gpu import gpu_named
     from model.planning.plan import plan as run
 
@@ -108,7 +108,7 @@ def train(
     ] = None,
 ) -> None:
     """Train one stage, evaluate it and promote it through its gate; the curriculum flow does this for all."""
-    from flows.watch import StageDisplay
+    from flows.commands.watch import StageDisplay
     from infra.launch.stage import run_stage
 
     wanted = _load(name, overrides).stage(stage)
@@ -141,8 +141,8 @@ def generate(  # noqa: PLR0913 an argument is an option of the command
     work: WorkOption = Path("runs/generate"),
 ) -> None:
     """Draw one video with a checkpoint: text to video, image to video and every other task (docs/tasks.md)."""
-    from flows.generate import Wish
-    from flows.generate import generate as run
+    from flows.commands.generate import Wish
+    from flows.commands.generate import generate as run
 
     wish = Wish(prompt, task, frames or [], take, seed, overrides or [], out, device)
     film = run(open_registry(store), ref, wish, work, console)

@@ -25,10 +25,10 @@ import typer
 from rich.console import Console
 
 from flows.catalog import recipe_path
+from flows.commands.watch import StageDisplay
 from flows.demo_client import drive, free_port, wait_ready
 from flows.report import write_report
 from flows.results import CodecFigures, DemoReport, ParityRow, ServedVideo, SourceSummary, StageResult
-from flows.watch import StageDisplay
 from infra.engines.export import ExportedEngine, export_engine
 from infra.ingest import Ingested, ingest
 from infra.registry.registry import Registry
