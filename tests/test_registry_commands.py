@@ -158,6 +158,16 @@ def test_a_release_is_signed_with_a_new_key_and_promoted_under_its_policy(
     assert code == 1 and "no key is trusted here" in err, "nothing of it is fetched"
 
 
+def test_what_was_never_evaluated_is_not_promoted_and_told_the_way_out(
+    stiv: Stiv, registry: Registry, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_text("weights")
+    artifact = registry.publish("checkpoint", {"weights": tmp_path / "weights"}, rules=RULES)
+    code, _, err = stiv("promote", artifact.digest, "t2v/promoted", "--why", "new")
+    assert code == 1 and "heldout_loss is missing, must be < 0.5; evaluate and publish it anew" in err
+    assert registry.refs() == ()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -25,9 +25,11 @@ class PromotionRefused(ValueError):
     """A gate did not pass and nobody overrode it; the ref is as it was."""
 
     def __init__(self, ref: str, digest: str, gate: GateReport) -> None:
-        failed = "; ".join(result.reason for result in gate.rules if not result.passed)
+        failed = [result for result in gate.rules if not result.passed]
+        way_out = "evaluate and publish it anew" if any(result.value is None for result in failed) else "train on"
         super().__init__(
-            f"'{ref}' is not moved to {digest}: {failed}; train on, or promote with an override that says why"
+            f"'{ref}' is not moved to {digest}: {'; '.join(result.reason for result in failed)}; {way_out}, or promote"
+            " with an override that says why"
         )
         self.gate = gate
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -30,6 +31,7 @@ from infra.store.artifacts import (
     Conflict,
     OutcomeUnknown,
     Versioned,
+    all_of,
     blob_key,
     blob_of,
     check_key,
@@ -86,13 +88,12 @@ class Registry:
             provenance=None if provenance is None else dict(provenance),
             created_at=datetime.now(UTC),
         )
-        blobs = {name: blob_of(files[name]) for name in sorted(files)}
+        blobs = all_of({name: partial(blob_of, files[name]) for name in sorted(files)})
         manifest = draft.model_copy(update={"files": blobs})
         named = [blob_key(blob.digest) for blob in blobs.values()]
         with claimed(self.store, [*named, *map(layout.manifest_key, draft.parents.values())]):
             self._check_parents(kind, draft.parents)
-            for name, blob in blobs.items():
-                self.store.put_file(files[name], blob)
+            all_of({name: partial(self.store.put_file, files[name], blob) for name, blob in blobs.items()})
             self.store.create(layout.manifest_key(manifest.digest), manifest.canonical())
         return manifest
 
@@ -128,8 +129,7 @@ class Registry:
         temporary = folder.with_name(f".{uuid4().hex}.part")
         try:
             temporary.mkdir(parents=True)
-            for name in sorted(manifest.files):
-                self._fetch_file(manifest, name, temporary / name)
+            all_of({name: partial(self._fetch_file, manifest, name, temporary / name) for name in manifest.files})
             copies.put_in_place(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -250,16 +250,27 @@ class Registry:
                 self.store.create(key, move.canonical())
             else:
                 self.store.swap(key, move.canonical(), standing.version)
-        except OutcomeUnknown:  # the answer was lost: what stands there tells
-            stored, present = self._standing(move.name)
-            if present and any(made == move for made in self._moves(present)):
-                return move
-            if (stored and stored.version) == (standing and standing.version):
-                raise
-            raise self._overtaken(move) from None
+        except OutcomeUnknown as error:
+            return self._settled(standing, move, error)
         except (AlreadyExists, Conflict) as error:
             raise self._overtaken(move) from error
         return move
+
+    def _settled(self, standing: Versioned | None, move: Ref, error: OutcomeUnknown) -> Ref:
+        """The move whose answer was lost, if it was made: what stands there, and how it came there, tells."""
+        in_doubt = OutcomeUnknown(
+            f"'{move.name}' points at {move.digest} or still at what it did, which nobody can tell now: {error}; look"
+            f" at `stiv history {move.name}` once the store answers, and promote again: twice changes nothing"
+        )
+        try:
+            stored, present = self._standing(move.name)
+            if present and any(made == move for made in self._moves(present)):
+                return move
+        except ConnectionError:
+            raise in_doubt from error
+        if (stored and stored.version) == (standing and standing.version):
+            raise in_doubt from error
+        raise self._overtaken(move) from None
 
     def _overtaken(self, move: Ref) -> Conflict:
         standing = self.ref(move.name).digest
@@ -273,6 +284,8 @@ class Registry:
                 return move
             except AlreadyExists:
                 move = move.model_copy(update={"generation": move.generation + 1})
+            except OutcomeUnknown as error:
+                raise ConnectionError(f"'{move.name}' was not moved: {error}") from error
 
     def _moves(self, move: Ref) -> Iterator[Ref]:
         yield move

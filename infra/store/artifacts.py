@@ -176,11 +176,11 @@ class ArtifactStore(ABC):
 
     def put_files(self, paths: Mapping[str, Path]) -> dict[str, Blob]:
         """Store files, several at once, and say what each is, by name; of several failures the first is raised."""
-        return _all_of({name: partial(self.put_file, path) for name, path in paths.items()})
+        return all_of({name: partial(self.put_file, path) for name, path in paths.items()})
 
     def fetch_files(self, digests: Mapping[Path, str]) -> None:
         """Copy a blob to each path, several at once."""
-        _all_of({to: partial(self.fetch_file, digest, to) for to, digest in digests.items()})
+        all_of({to: partial(self.fetch_file, digest, to) for to, digest in digests.items()})
 
     def delete(self, key: str) -> None:
         """Remove an object for good; one that is not there is no error. Only for who knows that nobody needs it."""
@@ -229,8 +229,8 @@ class ArtifactStore(ABC):
     def _discard(self, key: str) -> None: ...
 
 
-def _all_of(calls: Mapping[K, Callable[[], T]]) -> dict[K, T]:
-    """The result of each call; one that fails keeps those that have not begun from beginning."""
+def all_of(calls: Mapping[K, Callable[[], T]]) -> dict[K, T]:
+    """The result of each call, several at once; one that fails keeps those that have not begun from beginning."""
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         begun = {key: pool.submit(call) for key, call in calls.items()}
         try:
