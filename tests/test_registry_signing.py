@@ -166,7 +166,7 @@ def test_signing_twice_keeps_the_first_signature(keys: Path, tmp_path: Path) -> 
     ("text", "said"),
     [
         ("", "signer: Field required"),
-        ("[[signer]]\nname = 'a'", "public_key: Field required"),
+        ("[[signer]]\nname = 'a'", "'a' has to have a public_key, or an identity"),
         ("[[signer]]\nname = 'a'\npublic_key = 'release.key'", "release.key: not a public key in PEM"),
         ("[[signer]]\nname = 'a'\npublic_key = 'trust.toml'", "not a public key"),
         ("[[signer]]\nname = 'a'\npublic_key = 'other.pub'\nref = 'x'", "signer.0.ref: Extra inputs"),

@@ -187,15 +187,24 @@ def keygen(
 @app.command()
 def sign(
     artifact: ArtifactArgument,
-    key: Annotated[Path, typer.Option(help="private key in PEM; STIV_KEY_PASSWORD if it is encrypted")],
+    key: Annotated[Path | None, typer.Option(help="private key in PEM; STIV_KEY_PASSWORD if it is encrypted")] = None,
+    keyless: Annotated[bool, typer.Option(help="by Sigstore, as who the CI's job or the browser says one is")] = False,
     store: StoreOption = "runs/store",
 ) -> None:
     """Sign a published artifact: its manifest, and thereby every file and parent that names."""
-    from infra.registry.signing.signatures import sign as run
+    from infra.registry.signing import signatures
 
+    if keyless == (key is not None):
+        raise ValueError("say how to sign: --key FILE, or --keyless")
     registry = open_registry(store)
     manifest = registry.look_up(artifact)
-    console.print(run(registry.store, manifest, key, _password()), soft_wrap=True)
+    if key is not None:
+        console.print(signatures.sign(registry.store, manifest, key, _password()), soft_wrap=True)
+        return
+    place, signer = signatures.sign_keyless(registry.store, manifest)
+    console.print(place, soft_wrap=True)
+    console.print("to trust it, in a policy file:", soft_wrap=True)
+    print(f'\n[[signer]]\nname = "ci"\nidentity = "{signer.identity}"\nissuer = "{signer.issuer}"\nrefs = ["release/"]')
 
 
 @events.command("deliver")

@@ -1,4 +1,4 @@
-"""Who is trusted to sign what: the policy file and its public keys; it does not know how a signature is checked."""
+"""Who is trusted to sign what: the policy file, its keys and identities; it does not know how a signature is checked."""
 
 import hashlib
 import tomllib
@@ -8,7 +8,9 @@ from typing import Annotated, Self
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+NonBlank = Annotated[str, Field(pattern=r"\S")]
 
 
 class SignatureRefused(ValueError):
@@ -16,19 +18,48 @@ class SignatureRefused(ValueError):
 
 
 class Signer(BaseModel):
-    """One trusted key."""
+    """One who is trusted: a key, or an identity that signs keylessly through Sigstore."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]+$")]
-    public_key: Path
-    """PEM file of an EC P-256 key; a relative path is from the policy's folder."""
+    public_key: Path | None = None
+    """PEM file of an EC P-256 key; a relative path is from the policy's folder, here and below."""
+    identity: NonBlank | None = None
+    """Who signed, as Sigstore's certificate has it: an address, or a CI's workflow at a branch or tag."""
+    issuer: NonBlank | None = None
+    """URL of the OpenID Connect provider that vouched for the identity."""
+    sigstore: Path | None = None
+    """JSON file with the roots of a Sigstore instance; those of the public one, fetched and kept, unless said."""
     refs: tuple[str, ...] = ("",)
     """Refs it may sign for, by how they begin (`release/`); any unless said."""
 
+    @model_validator(mode="after")
+    def _a_key_or_an_identity(self) -> Self:
+        keyless = (self.identity, self.issuer)
+        if self.public_key and not any((*keyless, self.sigstore)):
+            return self
+        if self.public_key or not all(keyless):
+            raise ValueError(f"'{self.name}' has to have a public_key, or an identity and its issuer")
+        return self
+
     @property
     def key_id(self) -> str:
-        return key_id(read_public_key(self.public_key))
+        """What its signatures are kept under."""
+        if self.public_key:
+            return key_id(read_public_key(self.public_key))
+        assert self.identity and self.issuer
+        return identity_id(self.identity, self.issuer)
+
+    def placed(self, folder: Path) -> Self:
+        """With its paths from that folder, and what they name looked at."""
+        named = {"public_key": self.public_key, "sigstore": self.sigstore}
+        signer = self.model_copy(update={name: folder / path for name, path in named.items() if path})
+        if signer.public_key:
+            read_public_key(signer.public_key)
+        if signer.sigstore and not signer.sigstore.is_file():
+            raise ValueError(f"{signer.sigstore}: no such file, though '{signer.name}' has it as roots of Sigstore")
+        return signer
 
     def may_sign(self, ref: str | None) -> bool:
         """For a ref, or for an artifact that is named by its digest."""
@@ -36,7 +67,7 @@ class Signer(BaseModel):
 
 
 class Trust(BaseModel):
-    """The policy: every key that is trusted, in a TOML file of `[[signer]]` tables."""
+    """The policy: every key and identity that is trusted, in a TOML file of `[[signer]]` tables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,10 +84,7 @@ class Trust(BaseModel):
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
             raise ValueError(f"{path}: {problems}") from None
-        placed = [each.model_copy(update={"public_key": path.parent / each.public_key}) for each in trust.signer]
-        for each in placed:
-            read_public_key(each.public_key)
-        return trust.model_copy(update={"signer": tuple(placed)})
+        return trust.model_copy(update={"signer": tuple(each.placed(path.parent) for each in trust.signer)})
 
 
 def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
@@ -100,6 +128,11 @@ def make_keys(name: Path, password: bytes | None) -> tuple[Path, Path]:
 def key_id(key: ec.EllipticCurvePublicKey) -> str:
     """Sha256 of the key in PEM, as model-signing writes it into a signature."""
     return hashlib.sha256(pem(key)).hexdigest()
+
+
+def identity_id(identity: str, issuer: str) -> str:
+    """The same for an identity and who vouched for it."""
+    return hashlib.sha256(f"{issuer}\n{identity}".encode()).hexdigest()
 
 
 def pem(key: ec.EllipticCurvePublicKey) -> bytes:
