@@ -99,9 +99,11 @@ class Workload:
     def verdict(self, store: ArtifactStore) -> Verdict:
         """`store` is the same one on an undisturbed way; its reads are the last of every history."""
         found = Verdict(self._operations, sum(record.returned is None for record in self.records))
-        for key in sorted({record.key for record in self.records}):
+        histories: dict[str, list[Operation]] = {record.key: [] for record in self.records}
+        for record in _settled(self.records, store):
+            histories[record.key].append(record)
+        for key, history in sorted(histories.items()):
             last = _last(store, key)
-            history = [record for record in _settled(self.records, store) if record.key == key]
             moment = time.monotonic_ns()
             history.append(Operation(CLIENTS, "read", key, None, last, moment, moment + 1))
             if stuck := stuck_at(history, None, register):

@@ -1,4 +1,4 @@
-"""Who is trusted to sign what: the policy file, its keys and identities. How a signature is checked it does not know."""
+"""Who is trusted to sign what: the policy file, its keys and identities; it does not know how to check a signature."""
 
 import hashlib
 import tomllib
