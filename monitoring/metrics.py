@@ -1,8 +1,9 @@
 """Every metric of the project, and the two ways out: an exporter of its own and a rendered page.
 
 It owns names, labels and buckets; it does not know who measures. A constant is its metric's name in capitals without
-the `stiv_`. Metrics stand in four registries, one a kind of process, so that a server never shows a training loss
-of 0: TRAINING (rank 0 of a stage), PIPELINE (promotion, export, release), SERVING and ROUTING. No id is a label.
+the `stiv_`. Metrics stand in five registries, one a kind of process, so that a server never shows a training loss
+of 0: TRAINING (rank 0 of a stage), PIPELINE (promotion, export, release), SERVING, ROUTING and
+PROBING. No id is a label.
 """
 
 import threading
@@ -27,6 +28,7 @@ TRAINING = CollectorRegistry()
 PIPELINE = CollectorRegistry()
 SERVING = CollectorRegistry()
 ROUTING = CollectorRegistry()
+PROBING = CollectorRegistry()
 
 # Edges in seconds. Steps run from milliseconds (tiny, one GPU call) to a minute (CPU, large); a video, a checkpoint
 # and an export take from seconds to an hour.
@@ -57,6 +59,11 @@ TRAINING_LEARNING_RATE = Gauge(
 TRAINING_STEPS_TOTAL = Counter("stiv_training_steps_total", "Optimizer steps done by this process.", registry=TRAINING)
 TRAINING_SAMPLES_TOTAL = Counter(
     "stiv_training_samples_total", "Clips trained on by all ranks while this process ran.", registry=TRAINING
+)
+TRAINING_TOKENS_TOTAL = Counter(
+    "stiv_training_tokens_total",
+    "Tokens of the clips trained on by all ranks while this process ran; masked ones count.",
+    registry=TRAINING,
 )
 TRAINING_CORRUPT_SAMPLES_TOTAL = Counter(
     "stiv_training_corrupt_samples_total",
@@ -163,6 +170,12 @@ BLANK_FRAMES_TOTAL = Counter(
 )
 JOBS_RUNNING = Gauge("stiv_jobs_running", "Jobs that are being denoised now.", registry=SERVING)
 QUEUE_DEPTH = Gauge("stiv_queue_depth", "Jobs that wait for a worker.", registry=SERVING)
+DEADLINE_MISSES_TOTAL = Counter(
+    "stiv_deadline_misses_total", "Videos that were delivered after the deadline of their request.", registry=SERVING
+)
+VIDEO_SECONDS_TOTAL = Counter(
+    "stiv_video_seconds_total", "Length of delivered videos: what their cost is divided by.", registry=SERVING
+)
 DENOISE_STEP_SECONDS = Histogram(
     "stiv_denoise_step_seconds",
     "Wall time of one denoise step of one batch.",
@@ -225,10 +238,25 @@ ROUTER_REQUESTS_TOTAL = Counter(
     ["track", "status"],
     registry=ROUTING,
 )
+ROUTER_CANARY_WEIGHT_RATIO = Gauge(
+    "stiv_router_canary_weight_ratio", "Share of new videos that the canary gets; 0 without one.", registry=ROUTING
+)
 ROUTER_RETRIES_TOTAL = Counter(
     "stiv_router_retries_total",
     "Tries of the router that no server took.",
     registry=ROUTING,
+)
+
+PROBE_SECONDS = Histogram(
+    "stiv_probe_seconds", "Time from asking for the synthetic video to having it.", buckets=_JOB_EDGES, registry=PROBING
+)
+PROBES_TOTAL = Counter(
+    "stiv_probes_total", "Synthetic videos asked for, by outcome: completed or failed.", ["outcome"], registry=PROBING
+)
+PROBE_LAST_SUCCESS_TIMESTAMP_SECONDS = Gauge(
+    "stiv_probe_last_success_timestamp_seconds",
+    "Unix time of the last synthetic video that came; of the prober's start while there is none.",
+    registry=PROBING,
 )
 
 # Until the first measurement 0 would be a lie: a perfect loss, an exact engine.

@@ -3,16 +3,25 @@
 import json
 import logging
 import re
+import shutil
+import subprocess
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring import logs, metrics
+from monitoring import logs, metrics, reference
 
-REGISTRIES = {"training": metrics.TRAINING, "pipeline": metrics.PIPELINE, "serving": metrics.SERVING}
+REGISTRIES = {
+    "training": metrics.TRAINING,
+    "pipeline": metrics.PIPELINE,
+    "serving": metrics.SERVING,
+    "routing": metrics.ROUTING,
+    "probing": metrics.PROBING,
+}
 CONSTANTS = {name: value for name, value in vars(metrics).items() if isinstance(value, Counter | Gauge | Histogram)}
 PUBLIC = sorted(name for name in CONSTANTS if not name.startswith("_"))
 UNBOUNDED = {"id", "run_id", "job_id", "request_id", "user", "step", "path", "url", "prompt"}
@@ -181,3 +190,16 @@ def test_a_field_may_not_hide_the_message(root_logger: logging.Logger) -> None:
         pass
     with pytest.raises(ValueError, match=r"log fields \['timestamp'\]"):
         logs.configure("INFO", timestamp="now")
+
+
+def test_the_reference_page_is_what_the_code_says() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    assert page == reference.page(), "run `python -m monitoring.reference > docs/metrics.md`"
+    assert page.count("| `stiv_") == len(PUBLIC)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no `promtool` on this machine")
+@pytest.mark.parametrize("registry", REGISTRIES.values(), ids=REGISTRIES)
+def test_promtool_finds_nothing_wrong_with_a_page(registry: CollectorRegistry) -> None:
+    done = subprocess.run(["promtool", "check", "metrics"], input=metrics.render(registry)[0], capture_output=True)
+    assert done.returncode == 0 and not done.stderr.strip(), done.stderr.decode()

@@ -119,6 +119,26 @@ def undo(why: WhyOption, home: HomeOption = HOME, store: StoreOption = "runs/sto
     console.print(f"{STABLE} -> {moved.digest} (generation {moved.generation})", soft_wrap=True)
 
 
+@rollout.command()
+def probe(
+    url: Annotated[str, typer.Argument(help="address of the router or of a server; STIV_API_KEYS gives the key")],
+    every: Annotated[float, typer.Option(min=1, help="seconds from one synthetic video to the next")] = 300.0,
+    port: Annotated[int, typer.Option(help="of /metrics")] = 9464,
+) -> None:
+    """Ask for one small video again and again, and show on /metrics how that goes."""
+    import threading
+
+    from infra.rollout.probe import ProbeSettings
+    from infra.rollout.prober import watch
+    from monitoring import logs, metrics
+
+    logs.configure()
+    exporter = metrics.start_exporter(port, metrics.PROBING)
+    console.print(f"http://127.0.0.1:{exporter.port}/metrics", soft_wrap=True)
+    key = os.environ.get("STIV_API_KEYS", "").partition(",")[0].strip() or None
+    watch(url, key, ProbeSettings(num_inference_steps=4), every_s=every, stop=threading.Event())
+
+
 def _home(folder: Path, store: str = "runs/store", trust: Path | None = None) -> "Home":
     from flows.fleet import open_home
 

@@ -301,6 +301,7 @@ class Home:
         os.replace(draft, self.folder / STATE)
         servers = [server for server in (state.stable, state.canary) if server is not None]
         targets = {f"127.0.0.1:{server.port}": {"track": server.track} for server in servers}
+        targets[f"127.0.0.1:{state.router_port}"] = {"__metrics_path__": "/router/metrics", "component": "router"}
         write_targets(self.folder / "prometheus", targets)
 
 

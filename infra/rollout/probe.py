@@ -60,11 +60,11 @@ def probe(backends: Backends, settings: ProbeSettings, *, same_weights: bool) ->
     worst: list[str] = []
     for prompt in settings.prompts:
         try:
-            wanted = _draw(backends.stable, "stable", backends.key, prompt, settings)
+            wanted = draw(backends.stable, backends.key, prompt, settings)
         except (ProbeFailed, httpx.HTTPError) as error:
             return Check("probe", "inconclusive", f"stable did not draw '{prompt}': {error}")
         try:
-            found = _draw(backends.canary, "canary", backends.key, prompt, settings)
+            found = draw(backends.canary, backends.key, prompt, settings, track="canary")
         except (ProbeFailed, httpx.HTTPError) as error:
             return Check("probe", "fail", f"the canary did not draw '{prompt}': {error}")
         fault, words = _compare(found, wanted, settings, same_weights=same_weights)
@@ -96,7 +96,11 @@ def psnr_db(found: Clip, wanted: Clip) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def _draw(url: str, track: Track, key: str | None, prompt: str, settings: ProbeSettings) -> Clip:
+def draw(url: str, key: str | None, prompt: str, settings: ProbeSettings, *, track: Track | None = None) -> Clip:
+    """The frames of a golden prompt's video; of `track` itself, where one is named.
+
+    Raises `ProbeFailed` or one of httpx's errors.
+    """
     headers = {"authorization": f"Bearer {key}"} if key else {}
     body: dict[str, object] = {"prompt": prompt, "seed": settings.seed}
     if settings.num_inference_steps:
@@ -110,7 +114,7 @@ def _draw(url: str, track: Track, key: str | None, prompt: str, settings: ProbeS
             time.sleep(POLL_S)
             answer = client.get(f"/v1/videos/{video['id']}")
             video = _json(answer)
-            if answer.headers.get("x-stiv-track", track) != track:
+            if track is not None and answer.headers.get("x-stiv-track", track) != track:
                 raise ProbeFailed("it handed the video over")
         if video["status"] != "completed":
             raise ProbeFailed(f"{video['error']}")

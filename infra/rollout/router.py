@@ -152,6 +152,7 @@ def create_app(router: Router) -> Starlette:
             return Response(status_code=499)
 
     async def scrape(_request: Request) -> Response:
+        metrics.ROUTER_CANARY_WEIGHT_RATIO.set(router.routes.canary_weight / 100)
         page, content_type = metrics.render(metrics.ROUTING)
         return Response(page, headers={"content-type": content_type})
 

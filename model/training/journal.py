@@ -93,6 +93,7 @@ class Journal:
         self._interval.rank_seconds.append(rank_seconds)
         if cost:
             self._interval.costs.append(cost)
+            metrics.TRAINING_TOKENS_TOTAL.inc(cost.tokens)
         if step % self.training.log_every == 0 or step == self.training.total_steps:
             self._log(step, grad_norm, learning_rate)
 

@@ -115,6 +115,9 @@ def _count(job: Job, clip: Clip) -> float:
     metrics.JOBS_TOTAL.labels("completed").inc()
     metrics.JOB_SECONDS.labels(work).observe(seconds)
     metrics.JOB_RUN_SECONDS.labels(work).observe(now - (job.started_at or now))
+    metrics.VIDEO_SECONDS_TOTAL.inc(len(clip) / job.request.fps)
     metrics.FRAMES_TOTAL.inc(len(clip))
     metrics.BLANK_FRAMES_TOTAL.inc(media.blank_frames(clip))
+    if job.deadline_at is not None and now > job.deadline_at:
+        metrics.DEADLINE_MISSES_TOTAL.inc()
     return seconds
