@@ -13,9 +13,15 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
+
+import pytest
+import yaml
+
+from infra.cluster.client import ClusterClient
 
 Json = dict[str, Any]
 _HISTORY = 200
@@ -381,3 +387,32 @@ def api_server() -> Generator[tuple[Cluster, str]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def kubeconfig(folder: Path, address: str) -> Path:
+    path = folder / "kubeconfig"
+    tree = {
+        "current-context": "test",
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        "clusters": [{"name": "test", "cluster": {"server": address}}],
+        "users": [{"name": "test", "user": {"token": "a-token"}}],
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def api() -> Iterator[tuple[Cluster, str]]:
+    """A server that lives as long as the test, and its address."""
+    with api_server() as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(api: tuple[Cluster, str]) -> Cluster:
+    return api[0]
+
+
+@pytest.fixture
+def client(api: tuple[Cluster, str], tmp_path: Path) -> ClusterClient:
+    return ClusterClient.connect(str(kubeconfig(tmp_path, api[1])), first_wait=0.01)

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("METAFLOW_USER", "tests")
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it for its workers, and a console keeps what it finds first
 
-pytest_plugins = ["tests.postgres_server", "tests.s3_server", "tests.tiny_export"]
+pytest_plugins = ["tests.api_server", "tests.postgres_server", "tests.s3_server", "tests.tiny_export"]
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str, str], None]

@@ -1,45 +1,15 @@
 """The door to the API server: what it says of objects and changes, and that it lives through a bad day."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from infra.cluster.client import ClusterClient, ClusterError, Conflict, NotFound, WatchExpired
 from infra.cluster.objects import CONFIG_MAP, JOB_SET
-from tests.api_server import Cluster, api_server
+from tests.api_server import Cluster, kubeconfig
 
 PATH = "/api/v1/namespaces/stiv/configmaps"
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[Cluster, str]]:
-    with api_server() as running:
-        yield running
-
-
-@pytest.fixture
-def cluster(server: tuple[Cluster, str]) -> Cluster:
-    return server[0]
-
-
-@pytest.fixture
-def client(server: tuple[Cluster, str], tmp_path: Path) -> ClusterClient:
-    return ClusterClient.connect(str(kubeconfig(tmp_path, server[1])), first_wait=0.01)
-
-
-def kubeconfig(folder: Path, address: str) -> Path:
-    path = folder / "kubeconfig"
-    tree = {
-        "current-context": "test",
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-        "clusters": [{"name": "test", "cluster": {"server": address}}],
-        "users": [{"name": "test", "user": {"token": "a-token"}}],
-    }
-    path.write_text(yaml.safe_dump(tree))
-    return path
 
 
 def note(name: str, text: str = "", **labels: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import Any
 from infra.cluster.config import ClusterConfig, Toleration
 from infra.cluster.objects import (
     ATTEMPT_LABEL,
+    CARRIED_ANNOTATION,
     CONFIG_MAP,
     JOB_SET,
     JOB_SET_LABEL,
@@ -15,6 +16,8 @@ from infra.cluster.objects import (
     NODES_ANNOTATION,
     POD_MONITOR,
     QUEUE_LABEL,
+    RUN_LABEL,
+    STAGE_LABEL,
     ConfigMap,
     Container,
     EnvVar,
@@ -27,8 +30,9 @@ from infra.cluster.objects import (
     TolerationSpec,
     Volume,
 )
-from infra.cluster.request import GangRequest
-from infra.launch.rank import EXIT_HOPELESS, EXIT_HUNG, EXIT_KILLED, EXIT_STOPPED
+from infra.cluster.request import Carried, GangRequest
+from infra.launch.host import EXIT_HOPELESS, EXIT_LOST
+from infra.launch.rank import EXIT_STOPPED
 
 ORDER_FILE = "order.json"
 ORDER_FOLDER = "/etc/stiv"
@@ -55,7 +59,7 @@ def config_map(request: GangRequest, nodes: int, grace_seconds: int) -> ConfigMa
     }
 
 
-def job_set(request: GangRequest, nodes: int, grace_seconds: int) -> JobSet:
+def job_set(request: GangRequest, nodes: int, grace_seconds: int, carried: Carried | None = None) -> JobSet:
     """One pod a node, all or none: whatever befalls one of them, all are made anew.
 
     A pod that is drained, preempted or evicted carries the condition DisruptionTarget, and ranks that were stopped,
@@ -63,6 +67,7 @@ def job_set(request: GangRequest, nodes: int, grace_seconds: int) -> JobSet:
     count against nothing. What is left is a crash.
     """
     cluster = request.cluster
+    carried = carried or Carried()
     queue: Labels = {} if cluster.queue is None else {QUEUE_LABEL: cluster.queue}
     return {
         "apiVersion": JOB_SET.api_version,
@@ -71,13 +76,17 @@ def job_set(request: GangRequest, nodes: int, grace_seconds: int) -> JobSet:
             "name": request.name,
             "namespace": cluster.namespace,
             "labels": labels(request) | queue,
-            "annotations": {MANIFEST_ANNOTATION: request.digest, NODES_ANNOTATION: str(nodes)},
+            "annotations": {
+                MANIFEST_ANNOTATION: request.digest,
+                NODES_ANNOTATION: str(nodes),
+                CARRIED_ANNOTATION: carried.model_dump_json(),
+            },
         },
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "successPolicy": {"operator": "All"},
             "failurePolicy": {
-                "maxRestarts": cluster.restarts.crashes,
+                "maxRestarts": max(0, cluster.restarts.crashes - carried.crashes),
                 # All old pods are gone before a new one starts: two attempts never write to one folder.
                 "restartStrategy": "BlockingRecreate",
                 "rules": [
@@ -126,14 +135,14 @@ def pod_monitor(request: GangRequest) -> PodMonitor:
         "metadata": {"name": request.name, "namespace": request.cluster.namespace, "labels": labels(request)},
         "spec": {
             "selector": {"matchLabels": {JOB_SET_LABEL: request.name}},
-            "podTargetLabels": ["stiv.dev/stage"],
+            "podTargetLabels": [STAGE_LABEL],
             "podMetricsEndpoints": [{"port": "metrics", "interval": "15s"}],
         },
     }
 
 
 def labels(request: GangRequest) -> Labels:
-    return {"app.kubernetes.io/part-of": "stiv", "stiv.dev/stage": request.recipe.name, "stiv.dev/run": request.run}
+    return {"app.kubernetes.io/part-of": "stiv", STAGE_LABEL: request.recipe.name, RUN_LABEL: request.run}
 
 
 def meeting_point(name: str) -> str:
@@ -142,7 +151,7 @@ def meeting_point(name: str) -> str:
 
 
 def _pod_failure_rules() -> list[PodFailureRule]:
-    codes = [EXIT_STOPPED, EXIT_HUNG, EXIT_KILLED]
+    codes = [EXIT_STOPPED, EXIT_LOST]
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": codes}},
@@ -159,7 +168,7 @@ def _placing(cluster: ClusterConfig) -> Labels:
 
 def _affinity(request: GangRequest) -> dict[str, Any]:
     term = {
-        "labelSelector": {"matchLabels": {"stiv.dev/run": request.run}},
+        "labelSelector": {"matchLabels": {RUN_LABEL: request.run}},
         "topologyKey": request.cluster.node.topology,
     }
     return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}

@@ -46,6 +46,9 @@ JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 ATTEMPT_LABEL = "jobset.sigs.k8s.io/restart-attempt"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+RUN_LABEL = "stiv.dev/run"
+STAGE_LABEL = "stiv.dev/stage"
+CARRIED_ANNOTATION = "stiv.dev/carried"
 MANIFEST_ANNOTATION = "stiv.dev/stage-manifest"
 NODES_ANNOTATION = "stiv.dev/nodes"
 
@@ -219,13 +222,22 @@ class PodMonitor(TypedDict):
 
 def meta(thing: Object, kind: Literal["labels", "annotations"]) -> Mapping[str, str]:
     """An object's labels or annotations; empty where it has none."""
-    return thing.get("metadata", {}).get(kind) or {}
+    return thing["metadata"].get(kind) or {}
+
+
+def status(thing: Object) -> Object:
+    """What its controller says of it; empty before it has said anything."""
+    return thing.get("status") or {}
+
+
+def several(thing: Object, key: str) -> list[Object]:
+    """A list of objects within one; empty where it has none."""
+    return thing.get(key) or []
 
 
 def condition(thing: Object, name: str) -> Object | None:
     """A status condition that holds now."""
-    conditions: list[Object] = thing.get("status", {}).get("conditions") or []
-    for found in conditions:
+    for found in several(status(thing), "conditions"):
         if found.get("type") == name and found.get("status") == "True":
             return found
     return None

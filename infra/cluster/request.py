@@ -6,7 +6,7 @@ It owns both forms and the names made of them; it does not know what objects the
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -35,6 +35,18 @@ class NodeOrder(Config):
     metrics_port: int
     grace_seconds: Positive
     hang: HangConfig = Field(default_factory=HangConfig)
+
+
+class Carried(Config):
+    """What a JobSet inherits from those before it that bore its name, and where the run last got further."""
+
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """Of earlier JobSets."""
+    crashes: Annotated[int, Field(ge=0)] = 0
+    step: Annotated[int, Field(ge=0)] = 0
+    """Of the newest checkpoint that was seen."""
+    restarts_at_step: Annotated[int, Field(ge=0)] = 0
+    """All restarts until that was seen."""
 
 
 @dataclass(slots=True, frozen=True)

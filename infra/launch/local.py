@@ -20,6 +20,7 @@ from typing import Literal, Protocol, Self
 
 import psutil
 
+from infra.launch.host import Host
 from infra.launch.rank import EXIT_STOPPED
 from model.recipe import StageRecipe, dumps
 from model.training.heartbeat import read_beat
@@ -57,6 +58,22 @@ class StageLaunch:
     """Prometheus port of rank 0; 0 takes a free one and writes it to `folders.metrics_port`."""
     checkpoint_store: str | None = None
     """Where checkpoints are kept beside the run folder; an empty run folder goes on from there."""
+    host: Host | None = None
+    """Of a gang that spans several; all see the run folder. None: all ranks are here."""
+
+    @property
+    def local_ranks(self) -> int:
+        return self.recipe.training.world_size if self.host is None else self.host.ranks
+
+    @property
+    def torchrun_log(self) -> Path:
+        """Of this host."""
+        number = 0 if self.host is None else self.host.index
+        return self.folders.logs / (f"torchrun-{number}.log" if number else "torchrun.log")
+
+    def log_of(self, rank: int | None) -> Path:
+        """A rank's log; of none, torchrun's own output."""
+        return self.torchrun_log if rank is None else self.folders.rank_log(rank)
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,11 +93,12 @@ class Failure:
 class GangFailed(RuntimeError):
     """A rank ended in an error; the message carries its exit code and the end of its log."""
 
-    def __init__(self, why: str, failure: Failure, log: Path, incidents: Sequence[Path] = ()) -> None:
+    def __init__(self, why: str, failure: Failure, log: Path | None = None, incidents: Sequence[Path] = ()) -> None:
         super().__init__(why)
         self.rank = failure.rank
         self.exit_code = failure.exit_code
         self.log = log
+        """None of ranks that ran elsewhere."""
         self.incidents = tuple(incidents)
         """Where what befell the ranks is written down."""
 
@@ -117,13 +135,11 @@ class LocalGang:
         """Write the recipe into the run folder and start its ranks; returns at once."""
         folders = launch.folders
         folders.logs.mkdir(parents=True, exist_ok=True)
-        folders.recipe.write_text(dumps(launch.recipe))
-        with log_of(folders, None).open("wb") as output:
+        _write(folders.recipe, dumps(launch.recipe), str(launch.torchrun_log.stem))
+        with launch.torchrun_log.open("wb") as output:
             torchrun = subprocess.Popen(
                 command(launch),
-                env=environment(
-                    os.environ, launch.recipe.training.world_size, store=launch.checkpoint_store is not None
-                )
+                env=environment(os.environ, launch.local_ranks, store=launch.checkpoint_store is not None)
                 | {_RUN_VARIABLE: str(folders.run.resolve())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -154,7 +170,7 @@ class LocalGang:
         status = self.status()
         if status == "failed":
             failure = self.failure()
-            log = log_of(self.launch.folders, failure.rank)
+            log = self.launch.log_of(failure.rank)
             raise GangFailed(f"{failure}; the end of {log}:\n{tail_of(log)}", failure, log)
         return status
 
@@ -180,7 +196,7 @@ class LocalGang:
         A rank that was killed leaves the others with broken connections, and they may be quicker to end; so a killed
         one is the cause, then the one whose last words are the oldest. What torchrun itself ended is none.
         """
-        report = log_of(self.launch.folders, None).read_text(errors="replace")
+        report = self.launch.torchrun_log.read_text(errors="replace")
         closed = {int(pid) for pid in _CLOSED.findall(report)}
         found = {int(rank): int(code) for rank, code, pid in _FAILURE.findall(report) if int(pid) not in closed}
         if not found:
@@ -247,7 +263,9 @@ def _variable(process: psutil.Process, name: str) -> str | None:
 def command(launch: StageLaunch) -> list[str]:
     """The command line of the whole gang."""
     folders = launch.folders
-    ranks = ["--standalone", "--nproc-per-node", str(launch.recipe.training.world_size)]
+    ranks = ["--standalone", "--nproc-per-node", str(launch.local_ranks)]
+    if launch.host is not None:
+        ranks = launch.host.options()
     options = [
         "--recipe",
         folders.recipe,
@@ -294,9 +312,11 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def log_of(folders: RunFolders, rank: int | None) -> Path:
-    """A rank's log; of none, torchrun's own output."""
-    return folders.logs / "torchrun.log" if rank is None else folders.rank_log(rank)
+def _write(path: Path, text: str, by: str) -> None:
+    """By one rename: the ranks of another host may be reading it."""
+    temporary = path.with_suffix(f".{by}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def tail_of(log: Path, lines: int = 20) -> str:

@@ -18,12 +18,6 @@ from model.training.run import RunFolders
 
 EXIT_STOPPED = 75
 """Stopped by SIGTERM after writing a checkpoint: start again to go on (EX_TEMPFAIL)."""
-EXIT_HUNG = 76
-"""Of a node whose ranks hung; 75 to 78 are a node's to the cluster, which tells disruptions from crashes by them."""
-EXIT_KILLED = 77
-"""Of a node, one of whose ranks was killed: by the kernel for want of memory, say."""
-EXIT_HOPELESS = 78
-"""Of a node that no restart can help: its order cannot be carried out (EX_CONFIG)."""
 STACK_SIGNAL = signal.SIGUSR1
 """Asks a rank to print what each of its threads is doing to its log."""
 _PR_SET_PDEATHSIG = 1
