@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from flows.catalog import recipe_path
-from flows.commands import engine, registry, rollout
+from flows.commands import cluster, engine, registry, rollout
 from flows.commands.options import StoreOption, TrustOption, WorkOption, open_registry
 from flows.commands.tables import console, print_figures, print_gate
 from model.recipe import Curriculum, dumps, load
@@ -19,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 vbench = typer.Typer(no_args_is_help=True, help="VBench: draw its videos, add up its scores (docs/evaluate.md).")
 app.add_typer(vbench, name="vbench")
 app.add_typer(engine.app)
+app.add_typer(cluster.app)
 app.add_typer(registry.app)
 app.add_typer(rollout.rollout, name="rollout")
 

@@ -6,7 +6,7 @@ It owns that order and the refs it reads and moves; how ranks run is the gang's,
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from infra.launch.supervise import supervise
 from infra.registry.gate import PromotionRefused
 from infra.registry.layout import EVALUATION
 from infra.registry.names import CODEC, DATASET, latents, promoted
-from infra.registry.records import GateReport, Manifest
+from infra.registry.records import GateReport, Manifest, Ref
 from infra.registry.registry import Registry
 from model.checkpoint import folder as checkpoint
 from model.recipe import StageRecipe, dumps
@@ -84,6 +84,19 @@ def run_stage(
     _train(StageLaunch(recipe, folders, checkpoint_store=checkpoint_store), on_progress)
     seconds["train"] = time.monotonic() - clock
 
+    manifest, evaluation = publish_trained(recipe, registry, folders, parents, seconds)
+    clock = time.monotonic()
+    moved = promote_trained(recipe, registry, manifest.digest, who=who)
+    seconds["promote"] = time.monotonic() - clock
+    progress, booked = tuple(read_progress(folders.progress)), read(folders.goodput)
+    animations = dict(evaluation.clips)
+    return StageOutcome(manifest, moved.gate, progress, evaluation.grid, animations, seconds, booked)
+
+
+def publish_trained(
+    recipe: StageRecipe, registry: Registry, folders: RunFolders, parents: dict[str, str], seconds: dict[str, float]
+) -> "tuple[Manifest, Evaluation]":
+    """Evaluate a finished run's checkpoint and publish it; nothing is promoted. Adds to `seconds`."""
     clock = time.monotonic()
     trained = checkpoint.latest(folders.checkpoints)
     assert trained is not None, "a finished run has a checkpoint"
@@ -102,43 +115,67 @@ def run_stage(
         metrics=evaluation.metrics,
         parents=parents,
     )
+    seconds["publish"] = time.monotonic() - clock
+    return manifest, evaluation
+
+
+def promote_trained(recipe: StageRecipe, registry: Registry, digest: str, *, who: str) -> Ref:
+    """Move the stage's ref to a published checkpoint through its gate; PromotionRefused where that does not hold."""
     try:
-        moved = registry.promote(promoted(recipe.name), manifest.digest, who=who, why=f"stage {recipe.name} trained")
+        moved = registry.promote(promoted(recipe.name), digest, who=who, why=f"stage {recipe.name} trained")
     except PromotionRefused:
         measured.PROMOTIONS_TOTAL.labels(stage=recipe.name, outcome="refused").inc()
         raise
     measured.PROMOTIONS_TOTAL.labels(stage=recipe.name, outcome="promoted").inc()
-    seconds["promote"] = time.monotonic() - clock
-    logger.info("promoted %s to %s", manifest.digest, promoted(recipe.name))
-    progress, booked = tuple(read_progress(folders.progress)), read(folders.goodput)
-    animations = dict(evaluation.clips)
-    return StageOutcome(manifest, moved.gate, progress, evaluation.grid, animations, seconds, booked)
+    logger.info("promoted %s to %s", digest, promoted(recipe.name))
+    return moved
 
 
-def fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
-    """Data set, codec and the parents' checkpoints as verified folders, and their digests by role."""
+_PARENTS = ("checkpoint", "temporal_checkpoint")
+
+
+def resolve_inputs(recipe: StageRecipe, registry: Registry) -> dict[str, Manifest]:
+    """Data set, codec and the parents' checkpoints by role, as their refs stand now.
+
+    Raises ArtifactNotFound where one has not been promoted, and ValueError where they do not go together.
+    """
     dataset, codec = registry.resolve(DATASET), registry.resolve(CODEC)
     if recipe.data.form == "latents":
         name = latents(recipe.video.height, recipe.video.width)
         encoded = registry.resolve(name)
         require_current(name, encoded, dataset, codec)
         dataset = encoded
-    parents = {"dataset": dataset.digest, "codec": codec.digest}
-    initial: dict[str, Path] = {}
-    for role, name in (("checkpoint", recipe.parent), ("temporal_checkpoint", recipe.temporal_parent)):
+    inputs = {"dataset": dataset, "codec": codec}
+    for role, name in zip(_PARENTS, (recipe.parent, recipe.temporal_parent), strict=True):
         if name is not None:
-            parent = registry.resolve(promoted(name))
-            _require_same_codec(registry, name, parent, codec)
-            parents[role] = parent.digest
-            initial[role] = registry.fetch(parent, work / "inputs" / parent.digest[:16])
-    folders = RunFolders(
-        data=registry.fetch(dataset, work / "inputs" / dataset.digest[:16]),
-        codec=registry.fetch(codec, work / "inputs" / codec.digest[:16]),
-        run=work / recipe.name,
-        initial=initial.get("checkpoint"),
-        initial_temporal=initial.get("temporal_checkpoint"),
+            inputs[role] = registry.resolve(promoted(name))
+            _require_same_codec(registry, name, inputs[role], codec)
+    return inputs
+
+
+def fetch_inputs(recipe: StageRecipe, registry: Registry, work: Path) -> tuple[RunFolders, dict[str, str]]:
+    """Data set, codec and the parents' checkpoints as verified folders, and their digests by role."""
+    inputs = resolve_inputs(recipe, registry)
+    for manifest in inputs.values():
+        registry.fetch(manifest, input_folder(work, manifest.digest))
+    digests = {role: manifest.digest for role, manifest in inputs.items()}
+    return folders_of(digests, work, work / recipe.name), digests
+
+
+def input_folder(work: Path, digest: str) -> Path:
+    return work / "inputs" / digest[:16]
+
+
+def folders_of(inputs: Mapping[str, str], work: Path, run: Path) -> RunFolders:
+    """Where fetched inputs lie below `work`, for a run in the folder `run`."""
+    initial, temporal = (input_folder(work, inputs[role]) if role in inputs else None for role in _PARENTS)
+    return RunFolders(
+        data=input_folder(work, inputs["dataset"]),
+        codec=input_folder(work, inputs["codec"]),
+        run=run,
+        initial=initial,
+        initial_temporal=temporal,
     )
-    return folders, parents
 
 
 def _require_same_codec(registry: Registry, name: str, parent: Manifest, codec: Manifest) -> None:

@@ -21,7 +21,6 @@ from infra.launch.local import (
     LocalGang,
     StageLaunch,
     end_processes,
-    log_of,
     tail_of,
 )
 from model.training.run import exclusive
@@ -71,10 +70,16 @@ def supervise(
         GangFailed: a crash, or too many disruptions in a row without progress. RunBusy: another controller has the run.
     """
     with (
-        exclusive(launch.folders.run, name=CONTROLLER_LOCK),
+        exclusive(launch.folders.run, name=_lock_of(launch)),
         _stop_requests() as stop,
     ):
         return _Supervisor(launch, on_poll, patience or Patience(), restarts or Restarts(), stop).run()
+
+
+def _lock_of(launch: StageLaunch) -> str:
+    """Every host has its own controller."""
+    number = 0 if launch.host is None else launch.host.index
+    return f"controller-{number}.lock" if number else CONTROLLER_LOCK
 
 
 @dataclass(slots=True)
@@ -90,7 +95,8 @@ class _Supervisor:
         kept: list[Path] = []
         while not self.stop.is_set():
             end_processes(self.launch.folders)
-            announce(self.launch.folders.goodput, "init")
+            if self.launch.host is None or self.launch.host.index == 0:
+                announce(self.launch.folders.goodput, "init")
             end = self._attempt()
             if not isinstance(end, Incident):
                 return end
@@ -139,7 +145,7 @@ class _Supervisor:
             ranks=() if failure.rank is None else (failure.rank,),
             exit_code=failure.exit_code,
             step=watch.furthest_step,
-            log=tail_of(log_of(gang.launch.folders, failure.rank)),
+            log=tail_of(gang.launch.log_of(failure.rank)),
         )
 
     def _keep(self, incident: Incident) -> Path:
@@ -148,14 +154,14 @@ class _Supervisor:
 
     def _failed(self, why: str, incident: Incident, kept: list[Path]) -> GangFailed:
         failure = Failure(incident.ranks[0] if incident.ranks else None, incident.exit_code)
-        log = log_of(self.launch.folders, failure.rank)
+        log = self.launch.log_of(failure.rank)
         return GangFailed(f"{why}; the end of {log}:\n{incident.log}", failure, log, kept)
 
 
 def _hung(gang: LocalGang, watch: Watch) -> Incident:
     """Question the ranks, then end them; one that was only stopped is awake by now, and they may yet save."""
-    folders, living = gang.launch.folders, gang.ranks()
-    logs = {rank: tail_of(log_of(folders, rank)) for rank in (None, *living)}
+    living = gang.ranks()
+    logs = {rank: tail_of(gang.launch.log_of(rank)) for rank in (None, *living)}
     reports = question(living, watch)
     ranks, why = cause(reports)
     gang.terminate(HUNG_GRACE_SECONDS)
