@@ -93,9 +93,20 @@ class ShardWriter:
         assert self.latents is None, "a set of latents takes write_latents"
         self._check(sample)
         if self.encoding is None:
-            self._add(sample, _facts(sample), "frames", _npy(sample.frames))
+            self._add(sample.key, _facts(sample), "frames", _npy(sample.frames), len(sample.frames))
         else:
-            self._add(sample, _facts(sample), "mp4", encode(sample.frames, sample.fps, self.encoding))
+            clip = encode(sample.frames, sample.fps, self.encoding)
+            self._add(sample.key, _facts(sample), "mp4", clip, len(sample.frames))
+
+    def write_stored(self, entry: SampleEntry, facts: Mapping[str, JsonValue], clip: bytes) -> None:
+        """Add a sample of another set, its clip as it is stored there, its `facts` as they are or amended."""
+        self._check_key(entry.key)
+        missing = _FACTS - set(facts)
+        if missing or not str(facts["caption"]).strip():
+            raise ValueError(f"sample {entry.key!r} has no {', '.join(sorted(missing)) or 'caption'}")
+        if (entry.encoding == "latents") != (self.latents is not None):
+            raise ValueError(f"sample {entry.key!r} is stored as {entry.encoding}, which this set does not hold")
+        self._add(entry.key, facts, entry.encoding, clip, entry.num_frames)
 
     def write_latents(self, sample: Sample, latents: npt.NDArray[np.floating], *, top: float, left: float) -> None:
         """Add the `latents` [T, C, h, w] of all frames of `sample`, encoded from `top`, `left` of its original."""
@@ -108,21 +119,30 @@ class ShardWriter:
                 f"sample '{sample.key}': latents up to {np.abs(latents).max():g} do not fit {self.latents.dtype};"
                 " store float32, or normalise the codec"
             )
-        self._add(sample, _facts(sample, {TOP: top, LEFT: left}), "latents", _npy(latents.astype(self.latents.dtype)))
+        stored = _npy(latents.astype(self.latents.dtype))
+        self._add(sample.key, _facts(sample, {TOP: top, LEFT: left}), "latents", stored, len(sample.frames))
 
-    def _add(self, sample: Sample, facts: bytes, kind: Literal["frames", "mp4", "latents"], clip: bytes) -> None:
-        image_caption = sample.extra.get("image_caption")
+    def _add(
+        self,
+        key: str,
+        told: Mapping[str, JsonValue],
+        kind: Literal["frames", "mp4", "latents"],
+        clip: bytes,
+        num_frames: int,
+    ) -> None:
+        image_caption = told.get("image_caption")
+        facts = json.dumps(told, sort_keys=True, ensure_ascii=False).encode()
         if self._tar is None:
             path = self.folder / f"shard-{len(self._shards):05d}.tar"
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed by _close_shard
-        json_offset = _append(self._tar, f"{sample.key}.json", facts)
-        offset = _append(self._tar, f"{sample.key}.{SUFFIXES[kind]}", clip)
-        self._samples[sample.key] = SampleEntry(
-            key=sample.key,
-            source=sample.source,
-            caption=sample.caption,
+        json_offset = _append(self._tar, f"{key}.json", facts)
+        offset = _append(self._tar, f"{key}.{SUFFIXES[kind]}", clip)
+        self._samples[key] = SampleEntry(
+            key=key,
+            source=str(told["source"]),
+            caption=str(told["caption"]),
             image_caption=image_caption if isinstance(image_caption, str) else None,
-            num_frames=sample.frames.shape[0],
+            num_frames=num_frames,
             shard=len(self._shards),
             offset=offset,
             json_offset=json_offset,
@@ -135,11 +155,14 @@ class ShardWriter:
         if self._tar_samples == self.max_samples:
             self._close_shard()
 
+    def _check_key(self, key: str) -> None:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"key {key!r} must be 1 to 80 letters, digits, '_' or '-'")
+        if key in self._samples:
+            raise ValueError(f"key {key!r} is given twice; keys are unique in a set")
+
     def _check(self, sample: Sample) -> None:
-        if not _KEY.fullmatch(sample.key):
-            raise ValueError(f"key {sample.key!r} must be 1 to 80 letters, digits, '_' or '-'")
-        if sample.key in self._samples:
-            raise ValueError(f"key {sample.key!r} is given twice; keys are unique in a set")
+        self._check_key(sample.key)
         shape, kind = sample.frames.shape, sample.frames.dtype
         if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"sample {sample.key!r}: frames must be uint8 [T, H, W, 3], not {kind} {list(shape)}")
@@ -193,9 +216,8 @@ class ShardWriter:
         return len(paths)
 
 
-def _facts(sample: Sample, more: Mapping[str, JsonValue] | None = None) -> bytes:
-    facts = {**sample.extra, **{name: getattr(sample, name) for name in _FACTS}, **(more or {})}
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+def _facts(sample: Sample, more: Mapping[str, JsonValue] | None = None) -> dict[str, JsonValue]:
+    return {**sample.extra, **{name: getattr(sample, name) for name in _FACTS}, **(more or {})}
 
 
 def _npy(values: npt.NDArray[Any]) -> bytes:

@@ -232,6 +232,17 @@ class ShardSet:
             stored = _array(mapped, entry, np.dtype(self.index.latents.dtype), ndim=4)
             return _latent_sample(entry.key, stored[list(places)], facts)
 
+    def stored(self, position: int) -> tuple[dict[str, JsonValue], bytes]:
+        """The facts and the clip's bytes of a sample, as they are stored; of a set of any kind since version 2.
+
+        Raises:
+            SampleCorrupt: names shard, key and reason.
+        """
+        with self._open(position) as (mapped, entry, facts):
+            if entry.size is None:
+                raise ValueError("a set of version 1 does not say where its clips end")
+            return facts, mapped[entry.offset : entry.offset + entry.size]
+
     @contextmanager
     def _open(self, position: int) -> Generator[tuple[mmap.mmap, SampleEntry, dict[str, JsonValue]]]:
         """A sample's mapped shard, its entry and its facts, its bytes checked; damage met inside is told as such."""
