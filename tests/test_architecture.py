@@ -83,6 +83,7 @@ STRAYS = {
     "infra.nine -> kubernetes": "def f():\n    import kubernetes",
     "infra.ten -> tensorrt": "import tensorrt",
     "infra.eleven -> metaflow": "from metaflow import FlowSpec",
+    "infra.fourteen -> pyarrow": "import pyarrow",
     "infra.thirteen -> model_signing": "from model_signing import verifying",
     "infra.twelve -> prometheus_client": "from prometheus_client import Counter",
 }

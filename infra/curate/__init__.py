@@ -1,0 +1,1 @@
+"""The data engine: raw videos in, captioned and audited shards out."""

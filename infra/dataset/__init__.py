@@ -1,0 +1,1 @@
+"""Shard sets as wholes: checked, split, merged, described, looked at."""
