@@ -171,7 +171,8 @@ class Registry:
 
         Raises:
             SignatureRefused: the ref takes only signed artifacts. PromotionRefused: the gate did not pass; nothing is
-            written. Conflict: somebody moved the ref meanwhile.
+            written. Conflict: somebody moved the ref meanwhile. OutcomeUnknown: the store was gone before it answered;
+            the ref is the old or the new.
         """
         manifest = self.manifest(digest)
         if layout.takes_only_signed(ref):

@@ -45,6 +45,7 @@ class Trail:
 
     def version_by(self, writer: str, standing: str) -> str | None:
         """The version that writer wrote, where `standing` is the last one; None if it is not among these writes."""
+        # Behind the first step others may be left out; its version is then told as a later one, which is gone as well.
         versions = [*(f'"{step.replaced}"' for step in self.steps[1:]), standing]
         return {step.writer: each for step, each in zip(self.steps, versions, strict=False)}.get(writer)
 
