@@ -40,6 +40,8 @@ _JOB_EDGES = (
     *(60.0, 90.0, 120.0, 180.0, 240.0, 300.0, 450.0, 600.0, 900.0, 1200.0, 1800.0, 3600.0),
 )
 _ROW_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_SHARE_EDGES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+_STRETCH_EDGES = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 
 TRAINING_STAGE_INFO = Gauge(
     "stiv_training_stage_info",
@@ -184,6 +186,24 @@ DENOISE_STEP_SECONDS = Histogram(
 )
 DENOISE_BATCH_ROWS = Histogram(
     "stiv_denoise_batch_rows", "Rows in one denoise step, two a video.", buckets=_ROW_EDGES, registry=SERVING
+)
+DENOISE_BATCH_OCCUPANCY_RATIO = Histogram(
+    "stiv_denoise_batch_occupancy_ratio",
+    "Rows in one denoise step over those that the call could hold.",
+    buckets=_SHARE_EDGES,
+    registry=SERVING,
+)
+JOB_QUEUE_SECONDS = Histogram(
+    "stiv_job_queue_seconds",
+    "Time from a job's creation until a worker took it for the first time.",
+    buckets=_MINUTES_EDGES,
+    registry=SERVING,
+)
+JOB_STRETCH_RATIO = Histogram(
+    "stiv_job_stretch_ratio",
+    "Time from a job's creation to its end over what it takes alone; 3 is where a video without a deadline is late.",
+    buckets=_STRETCH_EDGES,
+    registry=SERVING,
 )
 JOB_SECONDS = Histogram(
     "stiv_job_seconds",

@@ -91,10 +91,10 @@ def request(prompt: str = "a red circle moves right", **changes: object) -> Vide
     )
 
 
-def image() -> bytes:
+def image(width: int = 32, height: int = 32) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(CLIP[0]).save(buffer, "PNG")
-    wanted = Wanted(kind="image", width=32, height=32, max_pixels=4096, max_side=4096, max_seconds=5)
+    wanted = Wanted(kind="image", width=width, height=height, max_pixels=4096, max_side=4096, max_seconds=5)
     return decode(buffer.getvalue(), wanted)
 
 
@@ -126,12 +126,15 @@ def tiny_network(recipe: StageRecipe, text_encoder: TextEncoder) -> STIV:
     return network.eval()
 
 
+def tiny_codec(recipe: StageRecipe) -> PatchPca:
+    clips = [clip.frames for clip in moving_shapes.generate(16, num_frames=8, size=32, seed=0)]
+    return PatchPca.fit(to_frames(clips), recipe.vae.latent_channels, recipe.vae.spatial_factor)
+
+
 def tiny_pipeline(recipe: StageRecipe | None = None, text_encoder: TextEncoder | None = None) -> VideoPipeline:
     recipe, text_encoder = recipe or tiny_recipe(), text_encoder or WordEncoder()
-    clips = [clip.frames for clip in moving_shapes.generate(16, num_frames=8, size=32, seed=0)]
-    codec = PatchPca.fit(to_frames(clips), recipe.vae.latent_channels, recipe.vae.spatial_factor)
     engine = SteadyEngine(tiny_network(recipe, text_encoder))
-    return VideoPipeline(engine, codec, text_encoder, recipe, digest="tiny" * 16)
+    return VideoPipeline(engine, tiny_codec(recipe), text_encoder, recipe, digest="tiny" * 16)
 
 
 def tiny_settings(folder: Path, **changes: object) -> ServerSettings:
@@ -185,7 +188,18 @@ def serving(folder: Path, pipeline: VideoPipeline, **settings: object) -> Iterat
         thread.join()
 
 
+def swapped_in(folder: Path) -> VideoPipeline:
+    """Another engine of the same shape, named by the digest that FOLDER/swap holds."""
+    pipeline = tiny_pipeline()
+    pipeline.digest = (folder / "swap").read_text()
+    with torch.no_grad():
+        pipeline.engine.network.patch_embedding.weight.mul_(1.1)  # pyright: ignore
+    return pipeline
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logs.configure()
-    make_server(tiny_settings(Path(sys.argv[1]), port=int(sys.argv[2])), tiny_pipeline()).run()
+    folder = Path(sys.argv[1])
+    settings = tiny_settings(folder, port=int(sys.argv[2]))
+    make_server(settings, tiny_pipeline(), reload=lambda: swapped_in(folder)).run()

@@ -93,7 +93,7 @@ class DenoiseRow:
 
     @property
     def num_steps(self) -> int:
-        return len(self.schedule) - 1
+        return self.request.num_inference_steps
 
     @property
     def done(self) -> bool:

@@ -3,8 +3,8 @@
 It owns the ranks and the settings behind them; how an order comes of many ranks, and of fair shares, is `ranking`'s.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
@@ -88,21 +88,19 @@ class Candidate:
     """The part of it after the last step."""
     key: object = None
     """Of a row: equal keys can share a call. None while the job is queued."""
+    timely_rank: Rank = field(init=False)
+    """Among videos that can be in time: the nearest target first."""
+    late_rank: Rank = field(init=False)
+    """Among the late: as they arrived, as if those of a higher priority had come earlier."""
 
-    @property
-    def arrived_at(self) -> float:
-        """Its age as it counts among late ones."""
-        return self.created_at - self.worth_s
+    def __post_init__(self) -> None:
+        arrived_at = self.created_at - self.worth_s
+        self.timely_rank = self.target_at - self.worth_s, arrived_at, self.job_id
+        self.late_rank = arrived_at, arrived_at, self.job_id
 
-    @property
-    def timely_rank(self) -> Rank:
-        """Among videos that can be in time: the nearest target first."""
-        return self.target_at - self.worth_s, self.arrived_at, self.job_id
-
-    @property
-    def late_rank(self) -> Rank:
-        """Among the late: as they arrived."""
-        return self.arrived_at, self.arrived_at, self.job_id
+    def to_json(self) -> dict[str, Any]:
+        """Without its key, which means nothing elsewhere."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "key"}
 
     def is_late(self, now: float) -> bool:
         """Whether it cannot reach its target even if it runs alone from now on."""

@@ -6,7 +6,7 @@ every replica answers alike. An estimate counts what is known now: what arrives 
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from infra.serving.scheduling.cost import LEAST_S, Prices
@@ -104,11 +104,10 @@ class Outlook:
         )
 
     def to_json(self) -> dict[str, Any]:
-        held = [asdict(replace(one, key=None)) for one in self.held]
         return {
             "at": self.at,
             "max_rows": self.max_rows,
-            "held": held,
+            "held": [one.to_json() for one in self.held],
             "lead": dict(self.lead),
             "quantum_s": self.quantum_s,
             "prices": self.prices.to_json(),

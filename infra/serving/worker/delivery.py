@@ -17,6 +17,7 @@ from infra.serving import media
 from infra.serving.jobs.files import JobFiles
 from infra.serving.jobs.table import Job
 from infra.serving.limits import work_class
+from infra.serving.pipeline import DenoiseRow
 from infra.serving.settings import ServerSettings
 from infra.serving.worker.ending import Endings
 from infra.serving.worker.held import HeldJob
@@ -33,10 +34,14 @@ CLIPS_AHEAD = 2
 
 
 class Delivery:
-    def __init__(self, endings: Endings, files: JobFiles, settings: ServerSettings) -> None:
+    def __init__(
+        self, endings: Endings, files: JobFiles, settings: ServerSettings, observe: Callable[[DenoiseRow, float], None]
+    ) -> None:
+        """`observe` is told of a row whose video can be had, and of the seconds since its last step."""
         self.endings = endings
         self.files = files
         self.settings = settings
+        self.observe = observe
         self._finished: queue.SimpleQueue[HeldJob | None] = queue.SimpleQueue()
         self._decoded: queue.Queue[tuple[HeldJob, Clip] | None] = queue.Queue(CLIPS_AHEAD)
         self._threads = [
@@ -91,6 +96,8 @@ class Delivery:
         completed = self._trying(held, lambda: self._complete(held, artifacts))
         self.endings.held.drop(held.job.id)
         if completed:
+            if held.row is not None and held.drawn_at is not None:
+                self.observe(held.row, time.monotonic() - held.drawn_at)
             seconds = _count(held.job, clip)
             logger.info("job %s completed after %.1f s", held.job.id, seconds)
 

@@ -37,6 +37,14 @@ class Floor:
         with self.lock:
             self.scheduler.leave(job_id)
 
+    def observe_delivery(self, row: DenoiseRow, seconds: float) -> None:
+        """The row's video can be had, so long after its last step."""
+        with self.lock:
+            cost = self.scheduler.cost
+            cost.observe_delivery(row.cost_key, seconds)
+            alone_s = row.num_steps * cost.seconds(row.cost_key, row.rows) + seconds
+        metrics.JOB_STRETCH_RATIO.observe((time.time() - row.created_at) / alone_s)
+
     @property
     def rows(self) -> list[DenoiseRow]:
         with self.lock:
@@ -44,11 +52,14 @@ class Floor:
 
 
 class Denoiser:
-    def __init__(self, floor: Floor, endings: Endings, on_done: Callable[[HeldJob], None]) -> None:
-        """`on_done` is given a job after its last step; it must not wait."""
+    def __init__(
+        self, floor: Floor, endings: Endings, on_done: Callable[[HeldJob], None], on_room: Callable[[], None]
+    ) -> None:
+        """`on_done` is given a job after its last step, `on_room` is called when one step is left; neither may wait."""
         self.floor = floor
         self.endings = endings
         self.on_done = on_done
+        self.on_room = on_room
         self._since = time.perf_counter()
 
     def turn(self) -> bool:
@@ -106,7 +117,9 @@ class Denoiser:
 
     def _call_engine(self, batch: Sequence[HeldJob]) -> None:
         rows = [_row(held) for held in batch]
-        metrics.DENOISE_BATCH_ROWS.observe(sum(row.rows for row in rows))
+        width = sum(row.rows for row in rows)
+        metrics.DENOISE_BATCH_ROWS.observe(width)
+        metrics.DENOISE_BATCH_OCCUPANCY_RATIO.observe(width / self.floor.scheduler.rows_of(rows[0].cost_key))
         began = time.perf_counter()
         with metrics.DENOISE_STEP_SECONDS.time():
             batch[0].pipeline.advance(rows)
@@ -115,7 +128,10 @@ class Denoiser:
 
     def _after_step(self, held: HeldJob) -> None:
         row = _row(held)
+        if row.steps_left == 1:
+            self.on_room()  # the next job is made ready meanwhile
         if row.done:
+            held.drawn_at = time.monotonic()
             self.floor.leave(row.job_id)
             metrics.STAGE_SECONDS.labels("denoise").observe(time.monotonic() - held.since)
             self.on_done(held)

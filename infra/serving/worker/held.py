@@ -37,6 +37,8 @@ class HeldJob:
     kept_step: int = 0
     previewed_at: float = 0.0
     since: float = field(default_factory=time.monotonic)
+    drawn_at: float | None = None
+    """When its last step here was done."""
 
     @property
     def progress(self) -> int:

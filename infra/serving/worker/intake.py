@@ -62,6 +62,8 @@ class Intake:
             pipeline = self.pipeline()
             for job in leased:
                 self.endings.held.hold(HeldJob(job, pipeline, kept_step=job.kept_step))
+                if job.attempts == 1:
+                    metrics.JOB_QUEUE_SECONDS.observe(time.time() - job.created_at)
         except BaseException:
             self._unchoose(ids)
             raise

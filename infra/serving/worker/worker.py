@@ -48,8 +48,8 @@ class Worker:
         self.held = HeldJobs()
         self.endings = Endings(jobs, new_owner(), self.held, self._leave.is_set)
         self.floor = Floor(Scheduler(2 * settings.max_rows, CostModel()))  # max_rows: videos, of two engine rows each
-        self.delivery = Delivery(self.endings, files, settings)
-        self.denoiser = Denoiser(self.floor, self.endings, self.delivery.take)
+        self.delivery = Delivery(self.endings, files, settings, self.floor.observe_delivery)
+        self.denoiser = Denoiser(self.floor, self.endings, self.delivery.take, self.wake)
         self.keeper = Keeper(self.endings, files, self.floor, settings)
         self.intake = Intake(self.endings, files, self.floor, lambda: self.pipeline, self.delivery.take, settings)
         self._threads = {
@@ -62,7 +62,7 @@ class Worker:
         self._threads["engine"].start()
 
     def wake(self) -> None:
-        """A job was created in this process; an idle worker need not wait for its next poll."""
+        """A job was created in this process, or there is room for one: no need to wait for the next poll."""
         self._wake.set()
 
     def cancel(self, job_id: str) -> None:
