@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from flows.catalog import recipe_path
-from flows.commands import cluster, engine, registry, rollout
+from flows.commands import cluster, engine, registry, rollout, serving
 from flows.commands.options import StoreOption, TrustOption, WorkOption, open_registry
 from flows.commands.tables import console, print_figures, print_gate
 from model.recipe import Curriculum, dumps, load
@@ -22,6 +22,7 @@ app.add_typer(engine.app)
 app.add_typer(cluster.app)
 app.add_typer(registry.app)
 app.add_typer(rollout.rollout, name="rollout")
+app.add_typer(serving.app)
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="stage.section.key=value; stage may be *")]
 CheckpointArgument = Annotated[str, typer.Argument(help="ref or digest of a checkpoint")]

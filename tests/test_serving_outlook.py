@@ -74,7 +74,7 @@ def test_estimates_are_near_what_comes_and_more_work_makes_no_video_earlier(jobs
     clock = VirtualClock()
     scheduler = Scheduler[SimulatedRow](8, CostModel(KNOWN), clock)
     arrivals = [Arrival(one.job_id, one.cost_key, one.steps_left, one.rows, 0.0) for one in jobs]
-    done = simulate(scheduler, arrivals, KNOWN.seconds, clock).done_at
+    done = simulate([scheduler], arrivals, KNOWN.seconds, clock).done_at
     assert max(told.values()) == pytest.approx(max(done.values()), rel=0.5)
     assert all(told[one.job_id] >= one.steps_left * KNOWN.seconds(one.cost_key, one.rows) - 1e-9 for one in jobs)
 

@@ -37,7 +37,7 @@ def play(
     arrivals: Sequence[Arrival], max_rows: int = 8, *, max_resident: int | None = None, policy: Policy = DEFAULT_POLICY
 ) -> Traffic:
     scheduler, clock = make(max_rows, max_resident=max_resident, policy=policy)
-    return simulate(scheduler, arrivals, KNOWN.seconds, clock)
+    return simulate([scheduler], arrivals, KNOWN.seconds, clock)
 
 
 def job(
@@ -138,7 +138,7 @@ def test_memory_bounds_rows_of_a_call_and_videos_held() -> None:
     memory = Memory(call_volume=4 * 16 * 64 * 64, resident_volume=3 * 16 * 64 * 64)
     scheduler, clock = make(8, max_resident=6, memory=memory)
     assert (scheduler.rows_of(SMALL), scheduler.rows_of(LARGE)) == (8, 4)
-    traffic = simulate(scheduler, [job(f"job{place}", key=LARGE) for place in range(6)], KNOWN.seconds, clock)
+    traffic = simulate([scheduler], [job(f"job{place}", key=LARGE) for place in range(6)], KNOWN.seconds, clock)
     assert max(len(call.job_ids) for call in traffic.calls) == 2
     assert len(traffic.done_at) == 6
 

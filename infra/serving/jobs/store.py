@@ -28,8 +28,11 @@ from infra.serving.jobs.table import (
     Track,
 )
 from infra.serving.scheduling.order import QueuedJob
+from infra.serving.scheduling.simulator import Arrival
 
 _CREATE_LOCK = "stiv/create"
+_WEIGHED = (Job.engine_rows, Job.created_at, Job.client, Job.priority, Job.deadline_at)
+"""What a `QueuedJob` says beside its id, its bucket and its steps."""
 
 
 class JobNotFound(LookupError):
@@ -118,12 +121,17 @@ class JobStore:
     def waiting(self, limit: int) -> list[QueuedJob]:
         """Queued jobs of this track as the scheduler weighs them; of too many, the urgent and then the old ones."""
         steps_left = Job.denoise_steps - Job.kept_step
-        weighed = Job.id, Job.cost_key, steps_left, Job.engine_rows, Job.created_at
-        queued = select(*weighed, Job.client, Job.priority, Job.deadline_at)
+        queued = select(Job.id, Job.cost_key, steps_left, *_WEIGHED)
         queued = queued.where(Job.state == "queued", Job.track == self.track)
         with self.database.read() as session:
             found = session.execute(queued.order_by(Job.priority.desc(), Job.sequence).limit(limit))
             return [QueuedJob(*values) for values in found]
+
+    def history(self, since: float) -> list[Arrival]:
+        """Jobs made since then, whatever became of them, as they came."""
+        made = select(Job.id, Job.cost_key, Job.denoise_steps, *_WEIGHED).where(Job.created_at >= since)
+        with self.database.read() as session:
+            return [Arrival(*values) for values in session.execute(made.order_by(Job.sequence))]
 
     def lease(self, owner: str, ids: Sequence[str]) -> list[Job]:
         """Those of `ids` that are still queued, in that order, now in progress and held by `owner`."""

@@ -1,11 +1,12 @@
 """A server's traffic played through the scheduler on a virtual clock: hours in seconds.
 
-It owns the clock and the turns of a worker that needs no time of its own; the scheduler is the very object that serves,
+It owns the clock and the turns of workers that need no time of their own; the scheduler is the very object that serves,
 and what a call costs is passed in. It knows nothing of engines, databases or threads.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Protocol, Self
 
 from infra.serving.scheduling.order import QueuedJob, Video
@@ -60,6 +61,7 @@ class Traffic:
     """What became of the arrivals."""
 
     done_at: dict[str, float] = field(default_factory=dict[str, float])
+    """When the last step of each was done."""
     cancelled: list[str] = field(default_factory=list[str])
     calls: list[Call] = field(default_factory=list[Call])
 
@@ -68,53 +70,71 @@ class Traffic:
         return sum(call.seconds for call in self.calls)
 
 
+@dataclass(slots=True)
+class _Replica:
+    scheduler: Serves
+    free_at: float = 0.0
+    """When its call is over; infinity while it has nothing to do."""
+    resident: dict[str, SimulatedRow] = field(default_factory=dict[str, SimulatedRow])
+
+
 def simulate(
-    scheduler: Serves, arrivals: Sequence[Arrival], seconds: Callable[[str, int], float], clock: VirtualClock
+    schedulers: Sequence[Serves], arrivals: Sequence[Arrival], seconds: Callable[[str, int], float], clock: VirtualClock
 ) -> Traffic:
-    """Serve all arrivals; `seconds` is what a call of (cost_key, engine rows) takes, `clock` also the scheduler's."""
+    """Serve all arrivals by one replica a scheduler; `seconds` is what a call of (cost_key, engine rows) takes.
+
+    `clock` is also the schedulers'.
+    """
     coming = sorted(arrivals, key=lambda one: one.created_at)[::-1]
     waiting: dict[str, Arrival] = {}
-    resident: dict[str, SimulatedRow] = {}
+    replicas = [_Replica(scheduler, clock.now) for scheduler in schedulers]
     traffic = Traffic()
-    while coming or waiting or resident:
+    while True:
+        replica = min(replicas, key=lambda one: one.free_at)
+        if coming and coming[-1].created_at < replica.free_at and any(one.free_at == inf for one in replicas):
+            clock.now = max(clock.now, coming[-1].created_at)
+            for one in replicas:
+                one.free_at = min(one.free_at, clock.now) if one.free_at == inf else one.free_at
+            continue
+        if replica.free_at == inf:
+            break
+        clock.now = replica.free_at
         while coming and coming[-1].created_at <= clock.now:
             one = coming.pop()
             waiting[one.job_id] = one
-        _cancel(scheduler, waiting, resident, traffic, clock.now)
-        for job_id in scheduler.choose(list(waiting.values()), len(waiting)):
-            one = waiting.pop(job_id)
-            resident[job_id] = SimulatedRow.of(one)
-            scheduler.admit(resident[job_id])
-        batch = scheduler.next_batch()
-        if batch:
-            _call(scheduler, batch, seconds, clock, traffic)
-            for row in batch:
-                if row.steps_left == 0:
-                    scheduler.leave(row.job_id)
-                    del resident[row.job_id]
-                    traffic.done_at[row.job_id] = clock.now
-        elif coming:
-            clock.now = coming[-1].created_at
-        elif waiting or resident:
-            raise AssertionError(
-                f"the scheduler is idle while {len(waiting)} jobs wait and {len(resident)} are resident"
-            )
+        _turn(replica, waiting, seconds, clock.now, traffic)
+    if waiting or any(one.resident for one in replicas):
+        raise AssertionError(f"the schedulers are idle while {len(waiting)} jobs wait")
     return traffic
 
 
-def _call(
-    scheduler: Serves,
-    batch: Sequence[SimulatedRow],
+def _turn(
+    replica: _Replica,
+    waiting: dict[str, Arrival],
     seconds: Callable[[str, int], float],
-    clock: VirtualClock,
+    now: float,
     traffic: Traffic,
 ) -> None:
+    """Take in what the scheduler wants, and make its next call."""
+    scheduler, resident = replica.scheduler, replica.resident
+    _cancel(scheduler, waiting, resident, traffic, now)
+    for job_id in scheduler.choose(list(waiting.values()), len(waiting)):
+        resident[job_id] = SimulatedRow.of(waiting.pop(job_id))
+        scheduler.admit(resident[job_id])
+    batch = scheduler.next_batch()
+    if not batch:
+        replica.free_at = inf
+        return
     took = seconds(batch[0].cost_key, sum(row.rows for row in batch))
-    traffic.calls.append(Call(clock.now, took, tuple(row.job_id for row in batch)))
-    clock.now += took
+    traffic.calls.append(Call(now, took, tuple(row.job_id for row in batch)))
+    replica.free_at = now + took
     scheduler.observe(batch, took)
     for row in batch:
         row.steps_left -= 1
+        if row.steps_left == 0:
+            scheduler.leave(row.job_id)
+            del resident[row.job_id]
+            traffic.done_at[row.job_id] = replica.free_at
 
 
 def _cancel(
