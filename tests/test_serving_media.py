@@ -1,4 +1,5 @@
 import io
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -111,3 +112,52 @@ def test_every_flipped_byte_is_either_read_or_refused() -> None:
                 assert conditioned(bytes(data)).shape == (1, 32, 32, 3)
             except BadUpload:
                 continue
+
+
+def numbered(path: Path, times: list[Fraction], form: str, *, rate: int = 10) -> bytes:
+    """A video whose frame i is as bright as 8 i, shown from `times[i]` on by its format's usual clock."""
+    clock = Fraction(1, 1000 if form == "matroska" else 90_000)
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "1"})
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = clock
+        for index, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 8 * index, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(time / clock), clock
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
+def taken(data: bytes, fps: int) -> list[int]:
+    """Which frames of `numbered` an upload becomes at `fps`."""
+    wanted = Wanted("frames", 16, 16, max_pixels=10_000, max_side=100, max_seconds=5, fps=fps, max_frames=100)
+    clip = media.read_frames(decode(data, wanted)[4:])
+    return [round(float(frame.mean()) / 8) for frame in clip]
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska"])  # clocks of 1/90000 and of 1/1000 s
+@pytest.mark.parametrize(
+    ("source", "fps", "frames"),
+    [
+        (24, 8, [0, 3, 6, 9, 12, 15, 18, 21]),
+        (30, 8, [0, 3, 7, 11, 15, 18, 22, 26]),
+        (25, 10, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]),
+        (30, 30, list(range(30))),
+        (8, 24, [frame for frame in range(8) for _ in range(3)]),
+    ],
+)
+def test_an_uploaded_second_becomes_the_frames_shown_at_its_times(
+    tmp_path: Path, form: str, source: int, fps: int, frames: list[int]
+) -> None:
+    times = [Fraction(index, source) for index in range(source)]
+    assert taken(numbered(tmp_path / "video", times, form, rate=source), fps) == frames
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska"])
+def test_a_video_of_uneven_frames_is_sampled_by_its_clock(tmp_path: Path, form: str) -> None:
+    times = [Fraction(cents, 100) for cents in (0, 10, 20, 50, 55, 90, 100)]
+    data = numbered(tmp_path / "video", [5 + time for time in times], form)
+    assert taken(data, 10)[:11] == [0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6]
+    assert taken(data, 2)[:3] == [0, 3, 6]
