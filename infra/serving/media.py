@@ -15,6 +15,7 @@ from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 from PIL import Image
 
+from infra.serving.provenance import Provenance
 from model.generation import Clip
 
 BLANK_DEVIATION = 0.5
@@ -45,8 +46,8 @@ def read_frames(data: bytes) -> Clip:
     return np.stack(frames).astype(np.uint8, copy=False)
 
 
-def write_mp4(path: Path, clip: Clip, fps: int) -> None:
-    """H.264 as every player reads it: yuv420p, BT.709, index at the front."""
+def write_mp4(path: Path, clip: Clip, fps: int, *, provenance: Provenance | None = None) -> None:
+    """H.264 as every player reads it: yuv420p, BT.709, index at the front, `provenance` as its comment."""
     height, width = clip.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"frames of {width}x{height} cannot be yuv420p video: both sides must be even")
@@ -56,6 +57,8 @@ def write_mp4(path: Path, clip: Clip, fps: int) -> None:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1  # the same frames give the same bytes on every machine
         stream.codec_context.colorspace = Colorspace.ITU709
+        if provenance is not None:
+            container.metadata["comment"] = provenance.as_json()
         for pixels in clip:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             _write_frame(container, stream, frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709))
@@ -72,9 +75,9 @@ def png(clip: Clip) -> bytes:
     return _encoded(Image.fromarray(clip[0]), "PNG")
 
 
-def thumbnail(clip: Clip) -> bytes:
+def thumbnail(clip: Clip, *, provenance: Provenance | None = None) -> bytes:
     """The first frame as WebP."""
-    return _encoded(Image.fromarray(clip[0]), "WEBP")
+    return _encoded(Image.fromarray(clip[0]), "WEBP", provenance)
 
 
 def blank_frames(clip: Clip) -> int:
@@ -83,17 +86,18 @@ def blank_frames(clip: Clip) -> int:
     return int((flat.std(axis=1).max(axis=1) < BLANK_DEVIATION).sum())
 
 
-def spritesheet(clip: Clip) -> bytes:
+def spritesheet(clip: Clip, *, provenance: Provenance | None = None) -> bytes:
     """All frames in reading order on a nearly square sheet, as JPEG."""
     count, height, width = clip.shape[:3]
     columns = math.ceil(math.sqrt(count))
     sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
     for index, pixels in enumerate(clip):
         sheet.paste(Image.fromarray(pixels), (index % columns * width, index // columns * height))
-    return _encoded(sheet, "JPEG")
+    return _encoded(sheet, "JPEG", provenance)
 
 
-def _encoded(image: Image.Image, format: str) -> bytes:
+def _encoded(image: Image.Image, format: str, provenance: Provenance | None = None) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format, quality=90)
+    said = {} if provenance is None else {"xmp": provenance.as_xmp()}
+    image.save(buffer, format, quality=90, **said)
     return buffer.getvalue()

@@ -41,6 +41,8 @@ class ServerSettings(Config):
     """How long a request's body may take to arrive."""
     head_timeout_s: Seconds = 10.0
     """How long a connection may take to say what it wants."""
+    stall_timeout_s: Seconds = 60.0
+    """How long a client may leave unread what it is sent."""
     max_connections: Positive = 4096
     """Open at once; beyond it a connection is answered 503 and closed."""
     webhook_url: str | None = None
@@ -52,6 +54,8 @@ class ServerSettings(Config):
     moderation_token: SecretStr | None = None
     moderation_command: tuple[str, ...] = ()
     """Or a program that is asked; see `infra.serving.safety.moderation`."""
+    embed_prompt: bool = False
+    """Whether files say their prompt beside the model that made them."""
     max_rows: Positive = 4
     """Videos denoised at the same time."""
     max_queued: Positive = 64
@@ -83,7 +87,7 @@ class ServerSettings(Config):
         in `settings`.
         """
         keys = [key.strip() for key in environment.get("STIV_API_KEYS", "").split(",")]
-        names = ("keys_file", "webhook_url", "webhook_secret", "moderation_url", "moderation_token")
+        names = ("keys_file", "webhook_url", "webhook_secret", "moderation_url", "moderation_token", "embed_prompt")
         variables = {name: f"STIV_{name.upper()}" for name in names}
         places = {"database_url": "STIV_DATABASE_URL", "store_url": "STIV_VIDEOS_URL", "track": "STIV_TRACK"}
         said: dict[str, Any] = {
@@ -107,6 +111,10 @@ class ServerSettings(Config):
         if self.webhook_url is not None and self.webhook_secret is None:
             raise ValueError("webhook_url is set without webhook_secret: receivers could not tell who calls")
         return self
+
+    @property
+    def moderates(self) -> bool:
+        return self.moderation_url is not None or bool(self.moderation_command)
 
     @property
     def needs_keys(self) -> bool:

@@ -85,6 +85,7 @@ class Creation:
             frame = uploads.first_frame(video, request, self.service.model.limits, video=True)
         except BadUpload as error:
             raise ApiError(400, f"video: {error}", param="video", code="invalid_video") from None
+        self._moderate("video", images=(frame,))
         wish = Wish(request, {"image": frame}, remixed_from=None if source is None else source.id)
         return self._keep(wish, terms, body, "edit")
 
@@ -151,15 +152,14 @@ class Creation:
             raise ApiError(403, str(error), param="x-priority", code="priority_not_allowed") from None
         if terms.idempotency_key is None and self._is_full():  # a repeated request is answered by its job all the same
             raise self._queue_is_full()
-        self._moderate(text="\n".join(filter(None, (request.prompt, request.negative_prompt))))
+        self._moderate("prompt", text="\n".join(filter(None, (request.prompt, request.negative_prompt))))
 
     def _is_full(self) -> bool:
         return self.service.jobs.count("queued") >= self.service.settings.max_queued
 
-    def _moderate(self, *, text: str = "", images: tuple[bytes, ...] = ()) -> None:
+    def _moderate(self, param: str, *, text: str = "", images: tuple[bytes, ...] = ()) -> None:
         if self.service.moderator is None:
             return
-        param = "prompt" if text else "input_reference"
         try:
             self.service.moderator.check(text=text, images=images)
         except Refused as refusal:
@@ -204,7 +204,7 @@ class Creation:
             frame = uploads.first_frame(upload, request, self.service.model.limits)
         except BadUpload as error:
             raise ApiError(400, f"input_reference: {error}", param="input_reference", code="invalid_image") from None
-        self._moderate(images=(frame,))
+        self._moderate("input_reference", images=(frame,))
         return frame
 
     def _source(self, reference: VideoReference | None, client: Client, file: bytes | None) -> Job | None:

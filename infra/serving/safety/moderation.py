@@ -8,7 +8,8 @@ import base64
 import json
 import logging
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,8 @@ from infra.serving.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 20.0
+TRIES, PAUSE_S = 3, 0.5
+"""About a finished video, whose work would be lost with one answer."""
 
 
 class Refused(Exception):
@@ -33,6 +36,17 @@ class Moderator(Protocol):
     def check(self, *, text: str = "", images: Sequence[bytes] = ()) -> None:
         """Raise Refused or ModerationUnavailable, or do nothing. Images are PNG or WebP."""
         ...
+
+
+def through_silence(ask: Callable[[], None]) -> None:
+    """`ask` a few times more where no answer comes; the last ModerationUnavailable is raised."""
+    for pause_s in (PAUSE_S * 2**turn for turn in range(TRIES - 1)):
+        try:
+            return ask()
+        except ModerationUnavailable as error:
+            logger.warning("moderation did not answer, asked again in %s s: %s", pause_s, error)
+            time.sleep(pause_s)
+    return ask()
 
 
 def open_moderator(settings: ServerSettings) -> Moderator | None:

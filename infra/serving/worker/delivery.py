@@ -18,6 +18,8 @@ from infra.serving.jobs.files import JobFiles
 from infra.serving.jobs.table import Job
 from infra.serving.limits import work_class
 from infra.serving.pipeline import DenoiseRow
+from infra.serving.provenance import Provenance
+from infra.serving.safety.moderation import open_moderator, through_silence
 from infra.serving.settings import ServerSettings
 from infra.serving.worker.ending import Endings
 from infra.serving.worker.held import HeldJob
@@ -31,6 +33,8 @@ Done = TypeVar("Done")
 
 ENCODERS = 2
 CLIPS_AHEAD = 2
+JUDGED_FRAMES = 4
+"""Of a finished video, evenly from its first to its last, where a moderator is asked."""
 
 
 class Delivery:
@@ -42,6 +46,7 @@ class Delivery:
         self.files = files
         self.settings = settings
         self.observe = observe
+        self.moderator = open_moderator(settings)
         self._finished: queue.SimpleQueue[HeldJob | None] = queue.SimpleQueue()
         self._decoded: queue.Queue[tuple[HeldJob, Clip] | None] = queue.Queue(CLIPS_AHEAD)
         self._threads = [
@@ -84,12 +89,17 @@ class Delivery:
                 self._deliver(held, clip)
 
     def _deliver(self, held: HeldJob, clip: Clip) -> None:
+        self._moderate(clip)
+        request = held.job.request
+        provenance = Provenance(
+            held.job.model, held.pipeline.digest, request.prompt if self.settings.embed_prompt else None
+        )
         with tempfile.TemporaryDirectory(prefix="stiv-video-") as name:
             folder = Path(name)
             with metrics.STAGE_SECONDS.labels("mp4").time():
-                media.write_mp4(folder / "video", clip, held.job.request.fps)
-                (folder / "thumbnail").write_bytes(media.thumbnail(clip))
-                (folder / "spritesheet").write_bytes(media.spritesheet(clip))
+                media.write_mp4(folder / "video", clip, request.fps, provenance=provenance)
+                (folder / "thumbnail").write_bytes(media.thumbnail(clip, provenance=provenance))
+                (folder / "spritesheet").write_bytes(media.spritesheet(clip, provenance=provenance))
             with metrics.STAGE_SECONDS.labels("store").time():
                 files = sorted(folder.iterdir())
                 artifacts = self._trying(held, lambda: {path.name: self.files.keep(path) for path in files})
@@ -100,6 +110,17 @@ class Delivery:
                 self.observe(held.row, time.monotonic() - held.drawn_at)
             seconds = _count(held.job, clip)
             logger.info("job %s completed after %.1f s", held.job.id, seconds)
+
+    def _moderate(self, clip: Clip) -> None:
+        """Refused or ModerationUnavailable, and nothing of the video is kept."""
+        moderator = self.moderator
+        if moderator is None:
+            return
+        with metrics.STAGE_SECONDS.labels("moderate").time():
+            count = min(JUDGED_FRAMES, len(clip))
+            drawn = [round(place * (len(clip) - 1) / max(1, count - 1)) for place in range(count)]
+            pictures = [media.png(clip[index : index + 1]) for index in drawn]
+            through_silence(lambda: moderator.check(images=pictures))
 
     def _complete(self, held: HeldJob, artifacts: dict[str, str]) -> bool:
         return self.endings.jobs.complete(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from infra.serving.jobs.store import JobStore
 from infra.serving.pipeline import Diverged
+from infra.serving.safety.moderation import ModerationUnavailable, Refused
 from infra.serving.worker.held import HeldJobs
 from infra.serving.worker.outage import GivenUp, through_outages
 from infra.store.artifacts import ArtifactCorrupt, ArtifactNotFound
@@ -36,6 +37,9 @@ class Endings:
                 yield
             except GivenUp:
                 logger.info("job %s is left as it is: it was cancelled, or this worker stops", job_id)
+            except Refused as refusal:
+                logger.warning("job %s is refused by the moderation: %s", job_id, refusal)
+                self._fail(job_id, refusal)
             except Exception as error:
                 logger.exception("job %s failed", job_id)
                 self._fail(job_id, error)
@@ -66,6 +70,13 @@ def _explain(error: Exception) -> tuple[str, str]:
         return (
             "generation_diverged",
             "the video's latents left the range of numbers; use a smaller guidance_scale or another seed",
+        )
+    if isinstance(error, Refused):
+        return "content_policy_violation", f"the finished video is refused by this server's moderation: {error}"
+    if isinstance(error, ModerationUnavailable):
+        return (
+            "moderation_unavailable",
+            "the moderation of this server did not answer, so the finished video is not shown; send the request again",
         )
     if isinstance(error, ArtifactNotFound | ArtifactCorrupt):
         return "input_lost", "the uploaded image or video is no longer there; send the request again"

@@ -95,8 +95,10 @@ class Keeper:
             self.jobs.publish_state(self.endings.owner, outlook.to_json())
 
     def _preview(self, held: HeldJob) -> bytes | None:
-        """Of one frame, now and then."""
+        """Of one frame, now and then; never where pictures must be judged before they are shown."""
         row, standing, now = held.row, held.standing, time.monotonic()
+        if self.settings.moderates:
+            return None
         if row is None or standing is None or row.done or now - held.previewed_at < self.settings.preview_every_s:
             return None
         held.previewed_at = now
