@@ -1,8 +1,12 @@
-"""The resolved tree of every built-in recipe is committed, so that a changed default shows in the diff."""
+"""The resolved tree of every built-in recipe is committed, so that a changed default shows in the diff; so is the
+document of the videos API, so that a change of what clients see does."""
+
+import json
 
 import pytest
 
 from flows.catalog import RECIPES
+from infra.serving.http.app import openapi_document
 from model.recipe import dumps, load
 from tests.conftest import GOLDEN, Golden
 
@@ -31,3 +35,7 @@ def test_no_golden_tree_is_left_of_a_stage_that_is_gone() -> None:
     prefixes = tuple(f"{name}_" for name in CURRICULA)
     kept = {path.name for path in GOLDEN.glob("*.json") if path.name.startswith(prefixes)}
     assert kept <= resolved().keys()
+
+
+def test_the_videos_api_is_its_golden_document(golden: Golden) -> None:
+    golden("openapi.json", json.dumps(openapi_document(), indent=2, sort_keys=True) + "\n")

@@ -18,6 +18,7 @@ from infra.serving.http.service import Service
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
+ROUTERS = (videos.router, operations.router, page.router)
 DESCRIPTION = (
     "Videos from text and images, as OpenAI's videos API makes them. Every error is OpenAI's envelope. A video is"
     " created, polled or followed by events, and downloaded; one that failed is an answer with status `failed`, not an"
@@ -32,14 +33,18 @@ def create_app(service: Service, *, lifespan: Lifespan | None = None) -> FastAPI
         app.add_middleware(OwnPagesOnly, hosts=service.settings.allowed_hosts)
     app.add_middleware(NameAndCount)
     app.state.service = service
-    for router in (videos.router, operations.router, page.router):
+    for router in ROUTERS:
         app.include_router(router)
-    document = _document(app)
+    document = openapi_document()
     app.openapi = lambda: document
     return app
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def openapi_document() -> dict[str, Any]:
+    """Of every server, whatever it serves."""
+    app = FastAPI()
+    for router in ROUTERS:
+        app.include_router(router)
     document = get_openapi(title="STIV videos", version="1", description=DESCRIPTION, routes=app.routes)
     schemas = document["components"]["schemas"]
     for kind in (ImageReference, VideoReference):  # only bodies that routes read by themselves name them

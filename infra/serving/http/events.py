@@ -29,11 +29,16 @@ MAX_STREAMS = 256
 RETRY_MS = 2000
 ENDED = ("completed", "failed")
 
+_EVENT = {
+    "type": "object",
+    "description": "One event; its data is JSON",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}, "retry": {"type": "integer"}},
+}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "`video.progress` and, when it ends, `video.completed`, `video.failed` or `video.deleted`, each"
         " with the Video; between them `video.preview` with `image`, a data: URL of the latest estimate",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
     },
     **responses(401, 404, 429, 503),
 }
