@@ -1,58 +1,32 @@
-"""The server as its own process, killed without warning: nothing that was acknowledged is lost."""
+"""The server as its own process, killed without warning: nothing that was acknowledged is lost, and nobody who waits
+for a webhook waits in vain."""
 
+import base64
+import json
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import openai
 
 from infra.serving.jobs.store import JobStore
+from tests.s3_server import free_ports
+from tests.server_process import server_process
 from tests.tiny_server import KEY
+from tests.webhook_receiver import receiving
 
-ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.tiny_server", str(folder), str(port)], cwd=ROOT, stderr=log
-        )
-    try:
-        wait_until_ready(process, port)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended before it was ready"
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise AssertionError("the server was not ready in 150 s")
+SECRET = "whsec_" + base64.b64encode(b"s" * 32).decode()
 
 
 def test_a_killed_server_loses_no_job_and_a_stopped_one_finishes_what_runs(tmp_path: Path) -> None:
-    port = free_port()
-    with openai.OpenAI(api_key=KEY, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0) as client:
-        with server(tmp_path, port) as process:
+    (port,) = free_ports(1)
+    with (
+        receiving(SECRET) as receiver,
+        openai.OpenAI(api_key=KEY, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0) as client,
+    ):
+        told = {"webhook_url": receiver.url, "webhook_secret": SECRET}
+        receiver.answers = [503] * 1000  # hears nothing of the first server
+        with server_process(tmp_path, port, **told) as process:
             early = client.videos.create_and_poll(prompt="a red circle", extra_body={"seed": 1})
             long = [
                 client.videos.create(prompt="a red circle", extra_body={"seed": 1, "num_inference_steps": 30})
@@ -62,7 +36,9 @@ def test_a_killed_server_loses_no_job_and_a_stopped_one_finishes_what_runs(tmp_p
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        with server(tmp_path, port) as process:
+        assert receiver.taken == []
+        receiver.answers.clear()
+        with server_process(tmp_path, port, **told) as process:
             done = [client.videos.poll(video.id, poll_interval_ms=100) for video in long]
             assert {video.status for video in done} == {"completed"}
             content = {client.videos.download_content(video.id).read() for video in long}
@@ -70,6 +46,16 @@ def test_a_killed_server_loses_no_job_and_a_stopped_one_finishes_what_runs(tmp_p
             assert len(content) == 1  # one seed, one video, whether it was interrupted or not
             assert client.videos.retrieve(early.id).status == "completed"
             assert client.videos.download_content(early.id).read()[4:8] == b"ftyp"
+
+            wanted = {f"evt_{video.id.removeprefix('video_')}": video.id for video in [early, *long]}
+            deadline = time.monotonic() + 60
+            while {message_id for message_id, _ in receiver.taken} < wanted.keys():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            for message_id, body in receiver.taken:  # perhaps twice, then under the same id
+                event = json.loads(body)
+                assert (event["id"], event["type"]) == (message_id, "video.completed")
+                assert event["data"]["id"] == wanted[message_id]
 
             last = client.videos.create(prompt="a red circle", extra_body={"num_inference_steps": 20})
             while client.videos.retrieve(last.id).status == "queued":
@@ -83,11 +69,11 @@ def test_a_killed_server_loses_no_job_and_a_stopped_one_finishes_what_runs(tmp_p
 
 def test_a_swap_under_load_drops_no_job_and_each_says_which_engine_made_it(tmp_path: Path) -> None:
     """SIGHUP to the real process: first with nothing to load, then with a new engine, while videos run and wait."""
-    port, old, new = free_port(), "tiny" * 16, "new" * 20
+    (port,), old, new = free_ports(1), "tiny" * 16, "new" * 20
     jobs = JobStore(f"sqlite:///{tmp_path}/jobs.db")
     with (
         openai.OpenAI(api_key=KEY, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0) as client,
-        server(tmp_path, port) as process,
+        server_process(tmp_path, port) as process,
     ):
 
         def create(steps: int) -> str:

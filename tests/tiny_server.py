@@ -1,9 +1,10 @@
 """A served model small enough for tests: a real untrained STIV, a fitted codec, a text encoder without weights.
 
-Run as a script it is a server process, to be killed and started again: `python -m tests.tiny_server FOLDER PORT`.
+Run as a script it is a server process: `python -m tests.tiny_server FOLDER PORT SETTINGS`, the last one JSON.
 """
 
 import io
+import json
 import socket
 import sys
 import threading
@@ -183,9 +184,11 @@ def serving(folder: Path, pipeline: VideoPipeline, **settings: object) -> Iterat
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
-        server.should_exit = True
-        thread.join()
+        try:
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+        finally:  # a test that failed must not leave a thread that nobody stops
+            server.should_exit = True
+            thread.join()
 
 
 def swapped_in(folder: Path) -> VideoPipeline:
@@ -200,6 +203,6 @@ def swapped_in(folder: Path) -> VideoPipeline:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logs.configure()
-    folder = Path(sys.argv[1])
-    settings = tiny_settings(folder, port=int(sys.argv[2]))
+    folder, changed = Path(sys.argv[1]), json.loads(sys.argv[3])
+    settings = tiny_settings(folder, port=int(sys.argv[2]), **changed)
     make_server(settings, tiny_pipeline(), reload=lambda: swapped_in(folder)).run()
