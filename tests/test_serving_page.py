@@ -80,7 +80,7 @@ def test_the_page_says_what_is_wrong_beside_the_field(page: Page) -> None:
     page.get_by_label("Size", exact=True).fill("33x32")
     page.get_by_role("button", name="Create video").click()
     expect(page.locator("#problem")).to_contain_text("nearest is '32x32'")
-    assert page.evaluate("document.activeElement.id") == "size"
+    expect(page.get_by_label("Size", exact=True)).to_be_focused()
 
 
 def test_every_control_has_a_name(page: Page) -> None:

@@ -220,10 +220,11 @@ async function remove(id) {
   try { await ask(`/v1/videos/${id}`, { method: "DELETE" }); } catch (error) {
     if (error.status !== 404) return announce(error.message);
   }
+  const held = card.contains(document.activeElement);  // who has gone on to another place stays there
   follow?.abort();
   forget(id);
   announce(isActive(video) ? "The video is cancelled." : "The video is deleted.");
-  if (!card.contains(document.activeElement)) $("gallery-title").focus();
+  if (held) $("gallery-title").focus();
 }
 
 function forget(id) {
