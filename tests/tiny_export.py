@@ -1,16 +1,22 @@
 """One tiny network, exported once for all tests that look at its file: no two of its weights are equal, no branch is
-closed, and one video is drawn in six steps."""
+closed, and one video is drawn in six steps. Test processes of one run share what is traced."""
 
+import fcntl
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from export.bundle import MODEL
 from export.engines.onnx_runtime import OnnxEngine
-from export.onnx import OnnxExport, export_onnx
+from export.engines.weights import metadata, profile_of, read_graph
+from export.onnx import OnnxExport, export_onnx, graph_weights, recipe_digest
 from export.parity.inputs import ParityInputs
 from export.profiles import ShapeProfile
+from export.tracing import file_digest, weights_digest
 from model.network.stiv import STIV
 from model.recipe import StageRecipe
 
@@ -59,9 +65,37 @@ class Exported:
         return ParityInputs(self.profile, self.recipe)
 
 
+Trace = Callable[[STIV, StageRecipe], OnnxExport]
+
+
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """Exports a network, or gives the file that a test process of this run has written of the same one."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traced"
+
+    def export(network: STIV, recipe: StageRecipe) -> OnnxExport:
+        folder = shared / f"{recipe_digest(recipe)[:16]}-{weights_digest(graph_weights(network))[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "done").exists():
+                exported = export_onnx(network, folder / MODEL, recipe=recipe)
+                (folder / "done").touch()
+                return exported
+        return _read(folder / MODEL)
+
+    return export
+
+
+def _read(path: Path) -> OnnxExport:
+    graph = read_graph(path)
+    return OnnxExport(path, file_digest(path), path.stat().st_size, 0.0, profile_of(graph, path), metadata(graph))
+
+
+@pytest.fixture(scope="session")
+def exported(trace: Trace) -> Exported:
     recipe = make_recipe()
     network = make_network(recipe)
-    file = export_onnx(network, tmp_path_factory.mktemp("export") / MODEL, recipe=recipe)
+    file = trace(network, recipe)
     return Exported(recipe, network, file, OnnxEngine(file.path, threads=1))
