@@ -10,7 +10,7 @@ what would be rounded in between is where errors grow.
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from export.tracing import DTYPES, EXTERNAL_ABOVE, save
 from model.config import Precision
+
+if TYPE_CHECKING:
+    import onnx
 
 TYPES: dict[Precision, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
@@ -139,7 +142,18 @@ def emulate(source: Path, target: Path) -> None:
     Runtimes without bf16 (ONNX Runtime on a CPU) run it, and give what a product with a float32 accumulator gives.
     """
     model = load(source)
-    graph = model.graph
+    _round_results(model.graph)
+    save(model, target, EXTERNAL_ABOVE)
+
+
+def emulated(graph: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same of a graph in memory."""
+    model = ir.from_proto(graph)
+    _round_results(model.graph)
+    return ir.to_proto(model)
+
+
+def _round_results(graph: ir.Graph) -> None:
     for value in graph.initializers.values():
         if value.dtype in LOW and value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
@@ -151,7 +165,6 @@ def emulate(source: Path, target: Path) -> None:
                 _round(graph, node, value)
             else:
                 value.dtype = ir.DataType.FLOAT
-    save(model, target, EXTERNAL_ABOVE)
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:

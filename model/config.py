@@ -12,6 +12,8 @@ Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
 """Of an exported graph."""
+Quantization = Literal["none", "int8", "fp8"]
+PartName = Literal["decoder", "encoder", "text_encoder"]
 Task = Literal["t2i", "t2v", "ti2v", "prediction", "interpolation", "upsampling", "multiview", "keyframes"]
 """Which frames of a clip are given clean (`tasks`); one network can be trained on several."""
 
@@ -318,8 +320,13 @@ class ExportConfig(Config):
 
     precision: Precision = "fp32"
     """Of matrix products and their weights in the exported graph; norms, RoPE, softmax and the condition stay fp32."""
+    quantization: Quantization = "none"
+    """Of the blocks' linear layers, weights and inputs, calibrated on the stage's own videos; what is not good enough
+    is refused by its parity."""
     guidance_in_graph: bool = False
     """The graph also combines the passes of guidance and renormalises; off leaves that to the sampler."""
+    parts: tuple[PartName, ...] = ()
+    """Of the codec and the text encoder, what is exported beside the network, as float32 files of their own."""
     max_rows: Positive = 32
     """Rows of one call: a video takes one a pass of guidance, so two with `joint`."""
 

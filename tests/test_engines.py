@@ -12,19 +12,22 @@ from export.bundle import MODEL
 from export.engines.card import EngineCard, describe, require_runs_here
 from export.engines.protocol import EngineMismatch
 from export.engines.targets import TensorRtTarget, load_target
+from export.parity.report import BOUNDS
 from flows.catalog import target_path
-from infra.engines.export import export_engine
+from infra.engines.export import export_engine, recipe_for
 from infra.engines.graph import export_graph, graph_inputs
 from infra.engines.index import EngineIndex
 from infra.engines.inputs import EngineInputs
 from infra.engines.listing import inspect_engine, list_engines
-from infra.engines.provenance import BuildRecord, keys_of, statement
+from infra.engines.provenance import BuildRecord, keys_of, parameters_of, statement
 from infra.engines.refit import refit_engine
 from infra.engines.timing import TimingCaches
 from infra.engines.verify import is_proven, prove_plan, verify_engine
 from infra.registry.names import CANDIDATE
 from infra.registry.records import Code, Manifest
 from infra.registry.registry import Registry
+from infra.serving.golden import check_golden
+from infra.serving.pipeline import GOLDEN, VideoPipeline
 from infra.store.location import open_store
 from model.checkpoint.folder import save_weights
 from model.network.stiv import STIV
@@ -62,7 +65,7 @@ def test_a_stored_graph_is_not_traced_again_and_a_changed_weight_is(
     made = publish_graph(registry, exported, inputs_of(exported))
     key = graph_inputs(registry, exported.network, exported.recipe).digest
     assert EngineIndex(registry).remember(key, made) == made
-    graph = export_graph(registry, exported.network, exported.recipe, tmp_path)
+    graph = export_graph(registry, exported.network, exported.recipe, tmp_path, lambda _: exported.inputs)
     assert graph.seconds == 0 and graph.model.read_bytes() == exported.file.path.read_bytes()
 
     changed = make_network(exported.recipe)
@@ -210,13 +213,17 @@ def publish_checkpoint(registry: Registry, recipe: StageRecipe, network: STIV, f
 
 @pytest.mark.slow
 def test_an_engine_is_made_once_refitted_and_built_for_a_gpu_elsewhere(registry: Registry, tmp_path: Path) -> None:
-    recipe = make_recipe(network={"hidden_size": 32, "depth": 1, "num_heads": 2, "unmasked_depth": 0})
+    recipe = make_recipe(
+        network={"hidden_size": 32, "depth": 1, "num_heads": 2, "unmasked_depth": 0}, export={"parts": ["decoder"]}
+    )
     first, second = (
         publish_checkpoint(registry, recipe, make_network(recipe, seed, text=384, pooled=384), tmp_path)
         for seed in (0, 1)
     )
     made = export_engine(registry, first.digest, tmp_path / "one", who="tests")
     assert not made.reused and made.export_seconds > 0 and made.proof.passed
+    assert {GOLDEN, "decoder.onnx", "parts.json"} <= made.manifest.files.keys()
+    check_golden(VideoPipeline.load(tmp_path / "one" / "engine"))
     again = export_engine(registry, first.digest, tmp_path / "two", who="tests")
     assert again == replace(made, reused=True, export_seconds=0.0)
 
@@ -242,3 +249,25 @@ def test_an_engine_is_made_once_refitted_and_built_for_a_gpu_elsewhere(registry:
     assert rows[plan.manifest.digest].error_over_bound is None and rows[eager.manifest.digest].refs == (CANDIDATE,)
     facts = inspect_engine(registry, plan.manifest.digest, tmp_path / "eight")
     assert not facts.runs_here and facts.card.architectures == ("sm89",)
+
+
+@pytest.mark.slow
+def test_a_recipe_in_bf16_is_exported_on_a_cpu_and_one_in_fp8_says_so(registry: Registry, tmp_path: Path) -> None:
+    network = {"hidden_size": 32, "depth": 1, "num_heads": 2, "unmasked_depth": 0}
+    bf16, fp8 = (
+        make_recipe(network=network, export=export) for export in ({"precision": "bf16"}, {"quantization": "fp8"})
+    )
+    checkpoint = publish_checkpoint(registry, bf16, make_network(bf16, 0, text=384, pooled=384), tmp_path)
+    made = export_engine(registry, checkpoint.digest, tmp_path / "bf16", who="tests")
+    assert made.proof.precision == "bf16" and made.proof.passed
+    assert made.proof.worst_call.max_abs_error > BOUNDS["fp16"].max_abs_error / 10, "bf16 is rounded to"
+    check_golden(VideoPipeline.load(tmp_path / "bf16" / "engine"))
+
+    checkpoint = publish_checkpoint(registry, fp8, make_network(fp8, 1, text=384, pooled=384), tmp_path)
+    quantized = export_engine(registry, checkpoint.digest, tmp_path / "fp8", who="tests")
+    assert quantized.proof.precision == "fp8"
+    assert quantized.manifest.provenance is not None and parameters_of(quantized.manifest)["quantization"] == "fp8"
+    (row,) = [row for row in list_engines(registry) if row.digest == quantized.manifest.digest]
+    assert row.precision == "fp32, fp8"
+    with pytest.raises(ValueError, match=r"export\.quantization 'fp8' stands in the exported graph"):
+        recipe_for(fp8, load_target(target_path("torch")))

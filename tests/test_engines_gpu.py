@@ -1,6 +1,7 @@
 """Engines on an NVIDIA GPU: each runtime computes what the network does, and takes other weights."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from export.engines.targets import OnnxTarget, TensorRtTarget
 from export.engines.tensorrt import TensorRtEngine
 from export.engines.torch import TorchEngine
 from export.parity.check import check_parity
+from export.parity.inputs import ParityInputs
+from export.quantize import Kind, calibrate, quantize_file
 from export.tensorrt.builder import build_plan
 from export.tensorrt.options import BuildOptions
 from model.network.stiv import STIV
-from tests.tiny_export import Exported, make_network
+from tests.tiny_export import Exported, Trace, make_network, make_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -57,3 +60,30 @@ def test_a_plan_computes_what_the_network_does_and_takes_other_weights(exported:
     engine = TensorRtEngine(plan.plan, target, exported.profile)
     prove(exported, engine, exported.network)
     prove_refit(exported, engine)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"export": {"guidance_in_graph": True}},
+        {"network": {"hidden_size": 32, "depth": 2, "num_heads": 2, "image_cross_attention": "linear"}},
+    ],
+)
+def test_a_plan_takes_guidance_and_an_image_as_its_graph_does(trace: Trace, changes: dict[str, object]) -> None:
+    pytest.importorskip("tensorrt")
+    recipe = make_recipe(**changes)
+    network = make_network(recipe)
+    file = trace(network, recipe)
+    plan = build_plan(file.path, file.profile, file.profile.ranges(recipe), library="tensorrt")
+    engine = TensorRtEngine(plan.plan, TensorRtTarget(runtime="tensorrt"), file.profile)
+    assert check_parity(TorchEngine(network), engine, ParityInputs(file.profile, recipe), subject="").passed
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_plan_computes_what_its_graph_does(exported: Exported, tmp_path: Path, kind: Kind) -> None:
+    pytest.importorskip("tensorrt")
+    path = tmp_path / "model.onnx"
+    quantize_file(exported.file.path, path, kind, calibrate(exported.network, exported.inputs, kind))
+    plan = build_plan(path, exported.profile, exported.profile.ranges(exported.recipe), library="tensorrt")
+    engine = TensorRtEngine(plan.plan, TensorRtTarget(runtime="tensorrt"), exported.profile)
+    check_parity(OnnxEngine(path), engine, exported.inputs, subject="", precision="fp16")

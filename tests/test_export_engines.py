@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from export.engines.fusions import fuse
 from export.engines.onnx_runtime import OnnxEngine
 from export.engines.protocol import EngineCorrupt, EngineMismatch
 from export.engines.torch import TorchEngine
@@ -30,6 +32,15 @@ def test_both_engines_draw_the_same_video(exported: Exported) -> None:
     )
     assert (expected - noise).std() > 0.1
     assert torch.allclose(expected, found, atol=1e-4)
+
+
+def test_on_a_cpu_norms_and_turns_are_operators_of_the_runtime(exported: Exported) -> None:
+    graph = onnx.load(exported.file.path)
+    standard, fused = (Counter(node.op_type for node in each.graph.node) for each in (graph, fuse(graph)))
+    # Queries and keys of three attentions in three blocks; RoPE in two of the three.
+    assert fused["SimplifiedLayerNormalization"] == 3 * 3 * 2 and fused["RotaryEmbedding"] == 3 * 2 * 2
+    assert fused["Sub"] == fused["Reciprocal"] == 0 and standard["Reciprocal"] == 18
+    assert {each.domain for each in graph.opset_import} == {""}, "the file itself is standard ONNX"
 
 
 def test_a_torch_engine_keeps_no_graph_for_gradients(exported: Exported) -> None:

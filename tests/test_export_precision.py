@@ -118,8 +118,11 @@ def test_no_value_is_cast_twice_and_none_there_and_back(low_file: LowFile, preci
 def test_rounded_in_every_step_the_file_is_within_its_bounds_and_not_within_the_next_finer_ones(
     exported: Exported, low_file: LowFile, tmp_path: Path, precision: Precision
 ) -> None:
-    emulate(low_file(precision), tmp_path / "emulated.onnx")
-    engine = OnnxEngine(tmp_path / "emulated.onnx", threads=1)
+    path = low_file(precision)
+    if precision == "fp16":  # which ONNX Runtime runs; bf16 it emulates by itself
+        path = tmp_path / "emulated.onnx"
+        emulate(low_file(precision), path)
+    engine = OnnxEngine(path, threads=1)
     shapes = exported.profile.corners()
     report = check_calls(TorchEngine(exported.network), engine, exported.inputs, shapes=shapes, precision=precision)
     report.require_passed()

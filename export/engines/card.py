@@ -17,7 +17,7 @@ from export.engines.targets import DEFAULT, AnyTarget, OnnxTarget, Target, Tenso
 from export.engines.weights import metadata, read_graph
 from export.tensorrt import library
 from export.tensorrt.library import RTX
-from model.config import Config, Precision
+from model.config import Config, Precision, Quantization
 
 CARD = "engine.json"
 PLAN = "engine.plan"
@@ -33,6 +33,8 @@ class EngineCard(Config):
     target: Target
     precision: Precision
     """Of the graph."""
+    quantization: Quantization = "none"
+    """Of the linear layers in it."""
     builder: str
     """Library that made, or runs, the engine: torch, onnxruntime, tensorrt, tensorrt_rtx."""
     version: str
@@ -42,6 +44,11 @@ class EngineCard(Config):
     onnx_sha256: Sha256
     weights_sha256: Sha256
     recipe_sha256: Sha256
+
+    @property
+    def coarsest(self) -> str:
+        """What bounds its errors, see `parity.report.BOUNDS`."""
+        return self.precision if self.quantization == "none" else self.quantization
 
 
 def describe(model: Path, target: AnyTarget = DEFAULT, *, architectures: tuple[str, ...] = ()) -> EngineCard:
@@ -54,6 +61,7 @@ def describe(model: Path, target: AnyTarget = DEFAULT, *, architectures: tuple[s
         {
             "target": target,
             "precision": said["stiv.precision"],
+            "quantization": said.get("stiv.quantization", "none"),
             "builder": builder,
             "version": version,
             "architectures": architectures,

@@ -3,14 +3,16 @@
 It owns the session and the weights in it; it knows nothing of who made the file or of how providers are set up.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from export.engines.calls import graph_inputs
+from export.engines.fusions import fuse
 from export.engines.protocol import EngineMismatch
 from export.engines.providers import open_session
 from export.engines.targets import DEFAULT, OnnxTarget
@@ -18,6 +20,11 @@ from export.engines.weights import metadata, profile_of, read_graph, replace_wei
 from export.guidance import Combination
 from export.onnx import OUTPUT
 from model.conditioning import Conditions
+
+if TYPE_CHECKING:
+    import onnx
+
+logger = logging.getLogger(__name__)
 
 
 class OnnxEngine:
@@ -37,8 +44,13 @@ class OnnxEngine:
         graph = read_graph(path)
         self.metadata: Mapping[str, str] = metadata(graph)
         self.profile = profile_of(graph, path)
-        source, replaced = (path, {}) if weights is None else replace_weights(graph, path, weights)
-        self._session = open_session(source, target, self.profile, threads=self._threads, weights=replaced)
+        if target.provider == "cpu" and self.metadata["stiv.precision"] == "bf16":
+            logger.warning("%s: bf16 is emulated on a CPU, which is slow; export it in fp32 to serve it here", path)
+            graph = _emulated(graph)
+        replaced = {} if weights is None else replace_weights(graph, path, weights)
+        if target.provider == "cpu":
+            graph = fuse(graph)
+        self._session = open_session(graph, path.parent, target, self.profile, threads=self._threads, weights=replaced)
         names = tuple(each.name for each in self._session.get_inputs())
         if names != tuple(self.profile.signature()):
             raise EngineMismatch(
@@ -77,3 +89,20 @@ class OnnxEngine:
 
 
 _NUMPY = {torch.float32: "float32", torch.bool: "bool", torch.int64: "int64"}
+
+
+def run_part(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+    """The file of a frozen part on the CPU: inputs by name -> outputs in order."""
+    session = open_session(read_graph(path), path.parent, DEFAULT, None, threads=torch.get_num_threads(), weights={})
+
+    def run(given: Mapping[str, Tensor]) -> list[Tensor]:
+        feeds = {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
+        return [torch.as_tensor(each) for each in session.run(None, feeds)]
+
+    return run
+
+
+def _emulated(graph: "onnx.ModelProto") -> "onnx.ModelProto":
+    from export.precision import emulated  # brings the exporter in
+
+    return emulated(graph)

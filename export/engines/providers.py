@@ -9,11 +9,15 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from export.engines.protocol import EngineCorrupt, EngineMismatch
 from export.engines.targets import OnnxTarget, Provider
+from export.engines.weights import metadata
 from export.profiles import ShapeProfile
+
+if TYPE_CHECKING:
+    import onnx
 
 NAMES: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -29,14 +33,24 @@ PACKAGES: dict[Provider, str] = {
 }
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 """The provider that is a package of its own."""
+KEEP_QDQ = "session.disable_quant_qdq"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def open_session(
-    graph: Path | bytes, target: OnnxTarget, profile: ShapeProfile, *, threads: int, weights: Mapping[str, Any]
+    graph: "onnx.ModelProto",
+    folder: Path,
+    target: OnnxTarget,
+    profile: ShapeProfile | None,
+    *,
+    threads: int,
+    weights: Mapping[str, Any],
 ) -> Any:
     """An `onnxruntime.InferenceSession`, which has no types.
 
     Args:
+        folder: where weights lie that are not in the graph.
+        profile: what the TensorRT providers build for.
         weights: OrtValues that take the place of the graph's initializers of that name, which lie outside the graph.
     """
     runtime = cast(Any, import_module("onnxruntime"))
@@ -44,15 +58,18 @@ def open_session(
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
+    if metadata(graph).get("stiv.quantization") == "fp8":
+        options.add_session_config_entry(KEEP_QDQ, "1")  # its fused operators know int8 alone
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
     providers = _choose(runtime, options, target, profile)
     try:
-        session = runtime.InferenceSession(graph, options, providers=providers)
+        session = runtime.InferenceSession(graph.SerializeToString(), options, providers=providers)
     except (states.Fail, states.InvalidProtobuf, states.InvalidGraph, states.RuntimeException) as error:
-        raise EngineCorrupt(f"{_named(graph)} cannot be loaded, export it again: {error}") from None
+        raise EngineCorrupt(f"the graph in {folder} cannot be loaded, export it again: {error}") from None
     except (states.NotImplemented, states.EPFail) as error:
-        raise EngineMismatch(f"provider '{target.provider}' cannot run {_named(graph)}: {error}") from None
+        raise EngineMismatch(f"provider '{target.provider}' cannot run the graph in {folder}: {error}") from None
     chosen = session.get_providers()
     if not chosen or chosen[0] != NAMES[target.provider]:
         raise EngineMismatch(
@@ -62,7 +79,7 @@ def open_session(
     return session
 
 
-def _choose(runtime: Any, options: Any, target: OnnxTarget, profile: ShapeProfile) -> list[Any] | None:
+def _choose(runtime: Any, options: Any, target: OnnxTarget, profile: ShapeProfile | None) -> list[Any] | None:
     """The `providers` of a session; None where the provider is a plugin, which `options` carries."""
     if target.provider == "cpu":
         return [NAMES["cpu"]]
@@ -84,7 +101,7 @@ def _choose(runtime: Any, options: Any, target: OnnxTarget, profile: ShapeProfil
     return [(name, settings)]
 
 
-def _add_plugin(runtime: Any, options: Any, target: OnnxTarget, profile: ShapeProfile) -> None:
+def _add_plugin(runtime: Any, options: Any, target: OnnxTarget, profile: ShapeProfile | None) -> None:
     name = _register_plugin(runtime)
     devices = [each for each in runtime.get_ep_devices() if each.ep_name == name]
     if len(devices) <= target.gpu:
@@ -105,15 +122,13 @@ def _register_plugin(runtime: Any) -> str:
     return str(plugin.get_ep_name())
 
 
-def _shape_options(prefix: str, profile: ShapeProfile) -> dict[str, str]:
+def _shape_options(prefix: str, profile: ShapeProfile | None) -> dict[str, str]:
     """What the TensorRT providers build for: the whole profile at once, instead of a new plan whenever a size grows."""
+    if profile is None:
+        return {}
     ends = {"min": profile.min, "opt": profile.opt, "max": profile.max}
 
     def spelt(shapes: Mapping[str, tuple[int, ...]]) -> str:
         return ",".join(f"{name}:{'x'.join(map(str, sizes))}" for name, sizes in shapes.items())
 
     return {f"{prefix}_{end}_shapes": spelt(profile.input_shapes(shape)) for end, shape in ends.items()}
-
-
-def _named(graph: Path | bytes) -> str:
-    return str(graph) if isinstance(graph, Path) else "the refitted graph"

@@ -18,7 +18,8 @@ from export.engines.calls import graph_inputs
 from export.engines.cuda_graphs import CudaGraphs
 from export.engines.protocol import EngineMismatch
 from export.engines.targets import TensorRtTarget
-from export.onnx import INPUTS, OUTPUT
+from export.guidance import Combination
+from export.onnx import OUTPUT
 from export.profiles import ShapeProfile
 from export.tensorrt.plans import Plan, PlanUnusable
 from model.conditioning import Conditions
@@ -49,9 +50,12 @@ class TensorRtEngine:
             self.plan = Plan(data, target.runtime, gpu=target.gpu, host_code=target.build.version_compatible)
         except PlanUnusable as error:
             raise EngineMismatch(f"{error}; build the engine again for this machine") from None
+        self._names = tuple(profile.signature())
         inputs, outputs = self.plan.names()
-        if tuple(inputs) != INPUTS or outputs != [OUTPUT]:
-            raise EngineMismatch(f"the plan takes {inputs} and gives {outputs}, this version {INPUTS}; build it again")
+        if tuple(inputs) != self._names or outputs != [OUTPUT]:
+            raise EngineMismatch(
+                f"the plan takes {inputs} and gives {outputs}, its profile says {self._names}; build it again"
+            )
         if target.build.weight_streaming:
             self.plan.stream_weights(target.weight_budget_bytes)
         self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
@@ -59,13 +63,16 @@ class TensorRtEngine:
             scratch = torch.empty(self.plan.scratch_bytes, dtype=torch.uint8, device=self.device)
             self._lanes.put(_Lane(cast(Any, torch.cuda).Stream(self.device), scratch))
 
-    def denoise(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        given = graph_inputs(self.profile, latents, timestep, conditions)
+    def denoise(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, combination: Combination | None = None
+    ) -> Tensor:
+        """With guidance inside the plan, `combination` says how rows guide one another; none: each is its own."""
+        given = graph_inputs(self.profile, latents, timestep, conditions, combination)
         cuda = cast(Any, torch.cuda)
         with self._lane() as lane:
             lane.stream.wait_stream(cuda.current_stream(self.device))
             with cuda.device(self.device), cuda.stream(lane.stream):
-                inputs = tuple(given[name].to(self.device).contiguous() for name in INPUTS)
+                inputs = tuple(given[name].to(self.device).contiguous() for name in self._names)
                 velocity = self._call(lane, inputs)(*inputs)
                 answer = velocity.to(latents.device)
             cuda.current_stream(self.device).wait_stream(lane.stream)
@@ -95,7 +102,7 @@ class TensorRtEngine:
         call = lane.calls.get(key)
         if call is None:
             context = self.plan.context(self._profile_of(inputs), lane.scratch, lane.stream.cuda_stream)
-            run = _Run(context)
+            run = _Run(context, self._names)
             call = lane.calls[key] = CudaGraphs(run, limit=1) if self.target.cuda_graphs else run
             if len(lane.calls) > SHAPES_A_LANE:
                 lane.calls.popitem(last=False)
@@ -105,9 +112,9 @@ class TensorRtEngine:
     def _profile_of(self, inputs: tuple[Tensor, ...]) -> int:
         """The first optimization profile that holds the shapes; they stand from narrow to wide."""
         for index in range(self.plan.num_profiles):
-            if all(self._fits(name, each, index) for name, each in zip(INPUTS, inputs, strict=True)):
+            if all(self._fits(name, each, index) for name, each in zip(self._names, inputs, strict=True)):
                 return index
-        shapes = {name: tuple(each.shape) for name, each in zip(INPUTS, inputs, strict=True)}
+        shapes = {name: tuple(each.shape) for name, each in zip(self._names, inputs, strict=True)}
         raise ValueError(f"no optimization profile of the plan holds {shapes}; build it with a wider profile")
 
     def _fits(self, name: str, given: Tensor, profile: int) -> bool:
@@ -118,12 +125,12 @@ class TensorRtEngine:
 class _Run:
     """One context, called on PyTorch's current stream."""
 
-    def __init__(self, context: Any) -> None:
-        self._context = context
+    def __init__(self, context: Any, names: tuple[str, ...]) -> None:
+        self._context, self._names = context, names
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         velocity = torch.empty_like(inputs[0])
-        for name, value in zip((*INPUTS, OUTPUT), (*inputs, velocity), strict=True):
+        for name, value in zip((*self._names, OUTPUT), (*inputs, velocity), strict=True):
             if name != OUTPUT and not self._context.set_input_shape(name, tuple(value.shape)):
                 raise ValueError(
                     f"the plan refuses {name} of shape {tuple(value.shape)}; build it with a wider profile"

@@ -70,20 +70,16 @@ def write_refitted(source: Path, to: Path, weights: Mapping[str, Tensor], said: 
 
     model = cast(Any, ir).load(source)
     held = {name: value for name, value in model.graph.initializers.items() if WEIGHT.fullmatch(name)}
+    _require_whole({name: int(value.dtype) for name, value in held.items()}, source)
     require_same_weights({name: torch.Size(value.shape.numpy()) for name, value in held.items()}, weights)
     for name, value in held.items():
-        dtype = DTYPES.get(int(value.dtype))
-        if dtype is None:
-            raise EngineMismatch(f"weight '{name}' of {source} is quantized and cannot be replaced; export anew")
-        value.const_value = tensor(name, weights[name].to(dtype).contiguous())
+        value.const_value = tensor(name, weights[name].to(DTYPES[int(value.dtype)]).contiguous())
     model.metadata_props.update(said)
     save(model, to, EXTERNAL_ABOVE)
 
 
-def replace_weights(
-    graph: "onnx.ModelProto", path: Path, weights: Mapping[str, Tensor]
-) -> tuple[bytes, dict[str, Any]]:
-    """The graph without its weights, and OrtValues of `weights` in its precision to open it with.
+def replace_weights(graph: "onnx.ModelProto", path: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Take its weights out of `graph`; OrtValues of `weights`, in its precision, to open it with instead.
 
     ONNX Runtime replaces initializers before it optimizes only where they lie outside the graph, so the graph says of
     each that it does. An initializer that is merely overridden would live on in every constant folded from it.
@@ -93,6 +89,7 @@ def replace_weights(
     held = {each.name: each for each in graph.graph.initializer if WEIGHT.fullmatch(each.name)}
     if not held:
         raise EngineMismatch(f"{path} holds no weight under its network's name, so none can be replaced; export anew")
+    _require_whole({name: each.data_type for name, each in held.items()}, path)
     require_same_weights({name: torch.Size(each.dims) for name, each in held.items()}, weights)
     for each in graph.graph.initializer:
         if each.name not in held and external_data_helper.uses_external_data(each):
@@ -101,11 +98,16 @@ def replace_weights(
             del each.external_data[:]
     values: dict[str, Any] = {}
     for name, each in held.items():
-        if each.data_type not in DTYPES:
-            raise EngineMismatch(f"weight '{name}' of {path} is quantized and cannot be replaced; export anew")
         values[name] = _value(weights[name].to(DTYPES[each.data_type]), each.data_type)
         _move_outside(each)
-    return graph.SerializeToString(), values
+    return values
+
+
+def _require_whole(types: Mapping[str, int], path: Path) -> None:
+    """Scales are calibrated for the weights and the activations they give, so quantized weights go with their graph."""
+    quantized = [name for name, dtype in types.items() if dtype not in DTYPES]
+    if quantized:
+        raise EngineMismatch(f"weight '{quantized[0]}' of {path} is quantized and cannot be replaced; export anew")
 
 
 def _move_outside(initializer: Any) -> None:

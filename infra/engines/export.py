@@ -10,27 +10,32 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from export.bundle import MODEL, MODEL_DATA, PARITY, PICTURE, RECIPE, write_bundle
 from export.engines.card import CARD, EngineCard, architecture_here, builder_here, require_runs_here
 from export.engines.opening import load_engine
 from export.engines.protocol import Engine, EngineMismatch
-from export.engines.targets import DEFAULT, AnyTarget, TensorRtTarget
+from export.engines.targets import DEFAULT, AnyTarget, TensorRtTarget, TorchTarget
 from export.engines.torch import TorchEngine
 from export.parity.check import check_parity
 from export.parity.inputs import ParityInputs
 from export.parity.report import ParityReport
+from export.profiles import ShapeProfile
 from export.tensorrt.library import gpu_name
 from export.tensorrt.listeners import OnProgress
 from infra.engines.build import Built, build, card_of
 from infra.engines.graph import Graph, export_graph
 from infra.engines.index import EngineIndex
 from infra.engines.inputs import EngineInputs, is_known
+from infra.engines.parts import export_parts
 from infra.engines.provenance import BuildRecord, statement
 from infra.registry.names import CANDIDATE
 from infra.registry.records import Manifest
 from infra.registry.registry import Registry
+from infra.serving.golden import TOLERANCE, write_golden
+from infra.serving.pipeline import GOLDEN, VideoPipeline
 from infra.trained import Trained, fetch_trained
 from model.config import GateRule
 from model.recipe import StageRecipe, dumps
@@ -107,7 +112,7 @@ def export_engine(
     trained = fetch_trained(registry, ref, work)
     recipe = recipe_for(trained.recipe, target)
     require_served(recipe)
-    graph = export_graph(registry, trained.network(), recipe, work)
+    graph = export_graph(registry, trained.network(), recipe, work, partial(_real_inputs, trained, recipe))
     card = card_of(graph, target)
     inputs = EngineInputs.of(card, graph.profile, registry.code)
     stored = EngineIndex(registry).find(inputs.digest) if is_known(registry.code) else None
@@ -150,7 +155,8 @@ def publish_draft(registry: Registry, draft: Draft, work: Path, *, who: str, why
 
 def prove(draft: Draft, work: Path, folder: Path) -> tuple[Mapping[str, Path], ParityReport]:
     """Compare the engine with the network, and bundle both engine and report in `folder`."""
-    codec, picture = draft.trained.codec(), work / PICTURE
+    picture, golden = work / PICTURE, work / GOLDEN
+    inputs = _real_inputs(draft.trained, draft.recipe, draft.graph.profile)
     staged = work / "staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -160,22 +166,30 @@ def prove(draft: Draft, work: Path, folder: Path) -> tuple[Mapping[str, Path], P
     parity = check_parity(
         TorchEngine(draft.trained.network()),
         engine,
-        ParityInputs(draft.graph.profile, draft.recipe, codec, load_text_encoder(draft.recipe.text)),
+        inputs,
         subject=draft.card.onnx_sha256,
-        precision=draft.card.precision,
+        precision=draft.card.coarsest,
         picture=picture,
     )
     measured.PARITY_MAX_ABS_ERROR.set(parity.worst_call.max_abs_error)
+    assert inputs.codec is not None and inputs.text is not None
+    pipeline = VideoPipeline(engine, inputs.codec, inputs.text, draft.recipe, profile=draft.graph.profile)
+    write_golden(pipeline, golden, tolerance=max(TOLERANCE, parity.bounds.trajectory_error))
     bundle = write_bundle(
         folder,
         model=draft.graph.model,
-        codec=codec,
+        codec=inputs.codec,
         recipe=draft.recipe,
         parity=parity,
         card=draft.card,
-        extra={PICTURE: picture, **draft.built.files},
+        extra={PICTURE: picture, GOLDEN: golden, **draft.built.files, **export_parts(inputs, work)},
     )
     return bundle.files, parity
+
+
+def _real_inputs(trained: Trained, recipe: StageRecipe, profile: ShapeProfile) -> ParityInputs:
+    """Clips as the stage's codec encodes them, and their captions."""
+    return ParityInputs(profile, recipe, trained.codec(), load_text_encoder(recipe.text))
 
 
 def read_parity(registry: Registry, engine: Manifest) -> ParityReport | None:
@@ -200,6 +214,11 @@ def runs_here(card: EngineCard) -> bool:
 
 def recipe_for(recipe: StageRecipe, target: AnyTarget) -> StageRecipe:
     """The recipe in the precision that the target asks for; its own where it asks for none."""
+    if isinstance(target, TorchTarget) and recipe.export.quantization != "none":
+        raise ValueError(
+            f"export.quantization '{recipe.export.quantization}' stands in the exported graph and target 'torch' runs"
+            " the network itself; export for onnx_runtime or TensorRT, or set quantization 'none'"
+        )
     if target.precision is None:
         return recipe
     return recipe.model_copy(update={"export": recipe.export.model_copy(update={"precision": target.precision})})

@@ -4,12 +4,14 @@ It owns what a graph is made from and when it is reused; how it is written is `e
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from export.bundle import MODEL
 from export.onnx import export_onnx, graph_weights, recipe_digest
+from export.parity.inputs import ParityInputs
 from export.profiles import ShapeProfile
 from export.tracing import weights_digest
 from infra.engines.index import EngineIndex
@@ -36,8 +38,12 @@ class Graph:
     """Of the export; 0 where the file was stored already."""
 
 
-def export_graph(registry: Registry, network: STIV, recipe: StageRecipe, work: Path) -> Graph:
-    """The graph of `network`, below `work`."""
+Calibration = Callable[[ShapeProfile], ParityInputs]
+"""What the layers of a quantised graph are calibrated on."""
+
+
+def export_graph(registry: Registry, network: STIV, recipe: StageRecipe, work: Path, calibration: Calibration) -> Graph:
+    """The graph of `network`, below `work`, quantised if the recipe says so."""
     profile, inputs = ShapeProfile.of(recipe, network), graph_inputs(registry, network, recipe)
     stored = EngineIndex(registry).find(inputs.digest) if is_known(registry.code) else None
     if stored is not None:
@@ -47,6 +53,11 @@ def export_graph(registry: Registry, network: STIV, recipe: StageRecipe, work: P
     (work / "onnx").mkdir(parents=True, exist_ok=True)
     exported = export_onnx(network, work / "onnx" / MODEL, recipe=recipe, profile=profile)
     measured.EXPORT_SECONDS.observe(exported.seconds)
+    if recipe.export.quantization != "none":
+        from export.quantize import calibrate, quantize_file  # brings the exporter in
+
+        scales = calibrate(network, calibration(profile), recipe.export.quantization)
+        quantize_file(exported.path, exported.path, recipe.export.quantization, scales)
     return Graph(exported.path, profile, inputs, exported.seconds)
 
 

@@ -39,6 +39,7 @@ class EngineInputs(Config):
     weights_sha256: str
     recipe_sha256: str
     precision: str
+    quantization: str
     profile: ShapeProfile
     builder: str
     version: str
@@ -58,6 +59,7 @@ class EngineInputs(Config):
             weights_sha256=card.weights_sha256,
             recipe_sha256=card.recipe_sha256,
             precision=card.precision,
+            quantization=card.quantization,
             profile=profile,
             builder=card.builder,
             version=card.version,

@@ -112,6 +112,12 @@ def _plan_facts(card: EngineCard, folder: Path) -> dict[str, JsonValue] | None:
     }
 
 
+def _types(asked: Mapping[str, JsonValue]) -> str:
+    """Precision of the graph, and what its linear layers are quantised to."""
+    precision, quantization = (str(asked.get(name, "")) for name in ("precision", "quantization"))
+    return precision if quantization in ("", "none") else f"{precision}, {quantization}"
+
+
 def _row(manifest: Manifest, refs: tuple[str, ...]) -> EngineRow:
     asked: Mapping[str, JsonValue] = parameters_of(manifest)
     target = asked.get("target")
@@ -119,7 +125,7 @@ def _row(manifest: Manifest, refs: tuple[str, ...]) -> EngineRow:
         digest=manifest.digest,
         stage=str((manifest.recipe or {}).get("name", "")),
         runtime=str(target.get("runtime")) if isinstance(target, dict) else "",
-        precision=str(asked.get("precision", "")),
+        precision=_types(asked),
         error_over_bound=manifest.metrics.get(PARITY_GATE[0].metric),
         refs=refs,
         created_at=manifest.created_at,

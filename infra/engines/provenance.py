@@ -57,6 +57,7 @@ def statement(record: BuildRecord, files: Mapping[str, Path]) -> dict[str, JsonV
                 "externalParameters": {
                     "target": engine.target,
                     "precision": engine.precision,
+                    "quantization": engine.quantization,
                     "profile": engine.profile.model_dump(mode="json"),
                 },
                 "internalParameters": {"graphKey": graph.digest, "engineKey": engine.digest},

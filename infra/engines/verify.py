@@ -79,7 +79,7 @@ def verify_engine(registry: Registry, ref: str, work: Path) -> ParityReport:
         engine,
         ParityInputs(profile, bundle.recipe, trained.codec(), load_text_encoder(bundle.recipe.text)),
         subject=fetched.card.onnx_sha256,
-        precision=fetched.card.precision,
+        precision=fetched.card.coarsest,
     )
 
 

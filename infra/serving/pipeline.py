@@ -187,14 +187,18 @@ class VideoPipeline:
         given = media.read_image(inputs["image"]) if "image" in inputs else None
         if source is not None:
             given = source[len(source) - request.given_frames :]
+        image = no_image(noise) if given is None else self._image_condition(given, noise)
+        conditional = both.rows(slice(0, 1))
+        if self.profile is not None and self.profile.takes_image:
+            conditional = conditional.with_image(image.latents[:, 0], image.frame_mask[:, 0])
         return DenoiseRow(
             job_id=job_id,
             request=request,
             latents=noise,
             schedule=timestep_schedule(request.num_inference_steps, request.flow_shift),
-            conditional=both.rows(slice(0, 1)),
+            conditional=conditional,
             null=both.rows(slice(1, 2)),
-            image=no_image(noise) if given is None else self._image_condition(given, noise),
+            image=image,
             sampling=self.recipe.sampling,
             cache=StepCache.empty(noise, torch.tensor([self.recipe.sampling.step_cache])),
             engine=self.digest,
