@@ -27,3 +27,14 @@ def target_path(name: str) -> Path:
         return built_in
     known = sorted(path.stem for path in (RECIPES / "targets").glob("*.toml"))
     raise ValueError(f"target '{name}' is neither a file nor a built-in target; built in: {known}")
+
+
+def curation_path(name: str) -> Path:
+    """A path as given, or the built-in curation of that name (`film`)."""
+    if Path(name).is_file():
+        return Path(name)
+    built_in = RECIPES / "curate" / f"{name}.toml"
+    if built_in.is_file():
+        return built_in
+    known = sorted(path.stem for path in (RECIPES / "curate").glob("*.toml"))
+    raise ValueError(f"curation '{name}' is neither a file nor a built-in one; built in: {known}")

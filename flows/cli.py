@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from flows.catalog import recipe_path
-from flows.commands import cluster, engine, registry, rollout, serving
+from flows.commands import cluster, data, engine, registry, rollout, serving
 from flows.commands.options import StoreOption, TrustOption, WorkOption, open_registry
 from flows.commands.tables import console, print_figures, print_gate
 from model.recipe import Curriculum, dumps, load
@@ -18,6 +18,7 @@ from model.recipe import Curriculum, dumps, load
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 vbench = typer.Typer(no_args_is_help=True, help="VBench: draw its videos, add up its scores (docs/evaluate.md).")
 app.add_typer(vbench, name="vbench")
+app.add_typer(data.app)
 app.add_typer(engine.app)
 app.add_typer(cluster.app)
 app.add_typer(registry.app)

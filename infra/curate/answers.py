@@ -4,10 +4,12 @@ It owns the file of answers and how many questions are under way; it knows nothi
 written as soon as a segment is answered, so a run that is killed or out of money keeps what was paid for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from infra.curate.captions.captioner import (
     Captioner,
@@ -16,7 +18,7 @@ from infra.curate.captions.captioner import (
     category_of,
     keeps_original,
 )
-from infra.curate.captions.endpoint import Endpoint, Unanswerable
+from infra.curate.captions.endpoint import Bill, Endpoint, Unanswerable
 from infra.curate.dsg import Audit, Auditor
 from infra.curate.ledger import append_line, read_lines
 from infra.curate.recipe import CaptionsConfig, CurationRecipe
@@ -48,29 +50,41 @@ class Desk:
 
     config: CaptionsConfig
     captioner: Captioner
+    vision: Endpoint | None
     language: Endpoint | None
     auditor: Auditor | None
     max_hallucinated: float
 
     @classmethod
-    def of(cls, recipe: CurationRecipe, key: str | None = None) -> "Desk":
-        """`key` is sent to the recipe's endpoints."""
-        told = recipe.captions
-        vision = Endpoint(told.vision, key) if told.vision else None
-        language = Endpoint(told.language, key) if told.language else None
+    def of(cls, recipe: CurationRecipe, key: str | None = None, spent: Mapping[str, float] | None = None) -> "Desk":
+        """`key` is sent to the recipe's endpoints; `spent` is what each has cost before, by its role."""
+        told, spent = recipe.captions, spent or {}
+        vision = Endpoint(told.vision, key, spent.get("vision", 0.0)) if told.vision else None
+        language = Endpoint(told.language, key, spent.get("language", 0.0)) if told.language else None
         captioner = VisionCaptioner(vision, told.frames, told.prompt) if vision else OfflineCaptioner()
         auditor = (
             Auditor(language, vision, recipe.audit.frames) if recipe.audit.enabled and language and vision else None
         )
-        return cls(told, captioner, language, auditor, recipe.audit.max_hallucinated)
+        return cls(told, captioner, vision, language, auditor, recipe.audit.max_hallucinated)
 
     @property
     def at_once(self) -> int:
         return self.config.vision.concurrency if self.config.vision else 1
 
-    def bills(self) -> list[Endpoint]:
-        asked = self.captioner.endpoint if isinstance(self.captioner, VisionCaptioner) else None
-        return [endpoint for endpoint in (asked, self.language) if endpoint is not None]
+    def bills(self) -> dict[str, Bill]:
+        """By role, of endpoints that were asked."""
+        roles = {"vision": self.vision, "language": self.language}
+        return {role: asked.bill for role, asked in roles.items() if asked is not None and asked.bill.requests}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for endpoint in (self.vision, self.language):
+            if endpoint is not None:
+                endpoint.close()
 
     def mark(self, row: Row) -> str:
         """What an answer depends on: another file under the same name, or another captioner, is asked for anew."""

@@ -96,8 +96,11 @@ def finish(work: Work, number: int, key: str | None = None) -> None:
     folder = work.folder(unit)
     duplicates = work.duplicates()
     rows = [row for row in work.staged([unit]) if not row.reason and row.key not in duplicates]
-    desk = Desk.of(recipe, key)
-    answers = answer_all(desk, rows, lambda row: work.looks(unit, row), folder / "answers.jsonl")
+    with Desk.of(recipe, key, work.spent()) as desk:
+        try:
+            answers = answer_all(desk, rows, lambda row: work.looks(unit, row), folder / "answers.jsonl")
+        finally:
+            work.keep_bills(unit, desk.bills())
     kept = [row for row in rows if not answers[row.key].reason]
     mark = _mark([*kept, *(answers[row.key] for row in kept)])
     target, made_of = folder / "set", folder / "set.sha256"

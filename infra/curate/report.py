@@ -34,7 +34,7 @@ def write_report(work: Work, results: Results, out: Path) -> None:
     rows = [_cells(row, results) for row in results.rows]
     if rows:
         write_table(out / "scores.parquet", rows)
-    told = _statistics(results, recipe, out)
+    told = _statistics(results, recipe, out) | {"asked": {role: asdict(bill) for role, bill in work.bills().items()}}
     write_whole(out / "statistics.json", json.dumps(told, indent=1, ensure_ascii=False))
     jinja = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(("html.j2",)))
     facts = {"recipe": recipe, "told": told, "results": results, "totals": results.totals(), "schema": SCHEMA_VERSION}

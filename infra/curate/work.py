@@ -6,12 +6,13 @@ It owns the files of a curation on their way and who may go on with them; it kno
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from infra.curate.captions.endpoint import Bill
 from infra.curate.items import Item, Unit, units_of
-from infra.curate.ledger import Ledger
+from infra.curate.ledger import Ledger, append_line, read_lines
 from infra.curate.recipe import CurationRecipe
 from infra.curate.staging import Row, Staged
 from model.config import Config
@@ -104,6 +105,23 @@ class Work:
             for state, reasons in counts.items():
                 total.setdefault(state, Counter()).update(reasons)
         return total
+
+    def keep_bills(self, unit: Unit, bills: Mapping[str, Bill]) -> None:
+        for role, bill in bills.items():
+            append_line(self.folder(unit) / "bills.jsonl", {"role": role, **asdict(bill)})
+
+    def bills(self) -> dict[str, Bill]:
+        """What all units asked for and what it cost, by role."""
+        total: dict[str, Bill] = {}
+        for unit in self.units():
+            for line in read_lines(self.folder(unit) / "bills.jsonl"):
+                bill = total.setdefault(str(line.pop("role")), Bill())
+                for name, value in line.items():
+                    setattr(bill, name, getattr(bill, name) + value)
+        return total
+
+    def spent(self) -> dict[str, float]:
+        return {role: bill.cost for role, bill in self.bills().items()}
 
     def keep_duplicates(self, found: dict[str, str]) -> None:
         write_whole(self.root / _DUPLICATES, json.dumps(found, indent=0))

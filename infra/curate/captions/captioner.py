@@ -50,7 +50,7 @@ class VisionCaptioner:
     """A vision model behind an endpoint, shown `frames` pictures spread over the segment."""
 
     def __init__(self, endpoint: Endpoint, frames: int, prompt: Path | None = None) -> None:
-        self.endpoint = endpoint
+        self._endpoint = endpoint
         self._frames = frames
         self._prompt = prompt_text("caption", prompt)
         marks = hashlib.sha256(f"{self._prompt}{frames}".encode()).hexdigest()[:12]
@@ -58,7 +58,7 @@ class VisionCaptioner:
 
     def caption(self, row: Row, looks: Sequence[bytes]) -> str:
         shown = spread(looks, self._frames)
-        return " ".join(self.endpoint.ask(self._prompt.format(frames=len(shown)), shown).split())
+        return " ".join(self._endpoint.ask(self._prompt.format(frames=len(shown)), shown).split())
 
 
 def prompt_text(name: str, path: Path | None = None) -> str:
@@ -91,8 +91,10 @@ def described(row: Row) -> str:
     blue, green, red = bytes.fromhex(row.colour)
     light, motion = float(row.facts["brightness"]), float(row.facts["motion"])
     shade = "dark" if light < 70 else "bright" if light > 170 else "evenly lit"
+    article = "an" if shade[0] in "aeiou" else "a"
     pace = "almost no motion" if motion < 0.5 else "slow motion" if motion < 8 else "fast motion"
-    return f"a {shade} {row.facts['orientation']} picture in mostly {_colour_name(red, green, blue)} tones with {pace}"
+    tones = f"mostly {_colour_name(red, green, blue)} tones"
+    return f"{article} {shade} {row.facts['orientation']} picture in {tones} with {pace}"
 
 
 def _colour_name(red: int, green: int, blue: int) -> str:

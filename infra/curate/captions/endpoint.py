@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -43,10 +42,12 @@ class Bill:
 
 
 class Endpoint:
-    """Safe from any number of threads; a context manager that closes its connections."""
+    """Safe from any number of threads; to be closed when all is asked."""
 
-    def __init__(self, config: EndpointConfig, key: str | None = None) -> None:
+    def __init__(self, config: EndpointConfig, key: str | None = None, spent: float = 0.0) -> None:
+        """`spent` before counts towards `max_cost`."""
         self.config = config
+        self._spent = spent
         self.bill = Bill()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=config.concurrency)
@@ -55,12 +56,7 @@ class Endpoint:
         self._lock = threading.Lock()
         self._next_start = 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def ask(self, text: str, pictures: Sequence[bytes] = ()) -> str:
@@ -108,8 +104,9 @@ class Endpoint:
     def _wait_for_turn(self) -> None:
         config = self.config
         with self._lock:
-            if config.max_cost is not None and self.bill.cost >= config.max_cost:
-                raise BudgetSpent(f"{self._url}: {self.bill.cost:.2f} spent of max_cost {config.max_cost}; raise it")
+            if config.max_cost is not None and self._spent + self.bill.cost >= config.max_cost:
+                spent = self._spent + self.bill.cost
+                raise BudgetSpent(f"{self._url}: {spent:.2f} spent of max_cost {config.max_cost}; raise it")
             now = time.monotonic()
             start = max(now, self._next_start)
             if config.requests_per_minute is not None:
