@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import boto3  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import pytest
 
@@ -20,8 +21,10 @@ from infra.curate.recipe import CurationRecipe, read_recipe
 from infra.curate.results import Results
 from infra.dataset.statistics import verify
 from infra.dataset.table import read_table
+from infra.store.s3_client import S3Access
 from model.data.shards import ShardSet
 from tests.raw_videos import texture, write_bad_corpus, write_sidecar, write_video
+from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
 SMALL = {
     "origin": {"licence": "CC0", "credit": "nobody"},
@@ -242,3 +245,36 @@ def test_a_recipe_with_a_wrong_key_or_filter_is_refused_before_any_video_is_read
             read_recipe(path)
     with pytest.raises(ValueError, match=r"asks for beauty; there are aesthetic"):
         begin(recipe(filters=["beauty > 1"]), str(tmp_path), tmp_path / "work")
+
+
+def test_videos_under_an_s3_prefix_are_listed_fetched_and_forgotten(s3_server: S3Server, tmp_path: Path) -> None:
+    prefix = s3_server.url()
+    store = boto3.client(
+        "s3",
+        endpoint_url=s3_server.endpoint,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        region_name="us-east-1",
+    )
+    folder = prefix.partition(s3_server.bucket + "/")[2]
+    video = write_video(tmp_path / "one.mp4", texture(15))
+    write_sidecar(video, caption="a far thing", licence="CC BY 4.0")
+    for path in (video, tmp_path / "one.mp4.json"):
+        store.upload_file(str(path), s3_server.bucket, f"{folder}/deep/{path.name}")
+    store.close()
+    work = begin(recipe(), prefix, tmp_path / "work", s3_server.access)
+    assert [item.place for item in work.unit(0).items] == [f"{prefix}/deep/one.mp4"]
+    stage(work, 0, access=s3_server.access)
+    deduplicate(work)
+    finish(work, 0)
+    join(work, tmp_path / "out")
+    facts, _ = ShardSet(tmp_path / "out").stored(0)
+    assert (facts["caption"], facts["licence"]) == ("a far thing", "CC BY 4.0")
+    assert facts["file"] == f"{prefix}/deep/one.mp4"
+    dead = S3Access("http://127.0.0.1:9", "a", "b", region="us-east-1", timeout=1)
+    again = begin(recipe(), prefix, tmp_path / "work-2", s3_server.access)
+    with pytest.raises(ConnectionError):
+        stage(again, 0, access=dead)
+    assert again.item_counts() == {"failed": {"interrupted": 1}}, "a lost network is no item's fault"
+    stage(again, 0, access=s3_server.access)
+    assert again.item_counts() == {"done": {"": 1}}

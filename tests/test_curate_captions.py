@@ -148,7 +148,8 @@ def captioned(server: VisionServer, **changes: object) -> CurationRecipe:
 def test_answers_are_kept_as_they_come_so_that_nothing_is_paid_for_twice(server: VisionServer, tmp_path: Path) -> None:
     recipe, rows = captioned(server), [row(number) for number in range(12)]
     path = tmp_path / "answers.jsonl"
-    server.first = [(200, {"choices": [{"message": {"content": "A ball."}}]}, {})] * 3 + [(500, "", {})]
+    ball = {"choices": [{"message": {"content": "A ball."}}]}
+    server.first = [*([(200, ball, {})] * 3), (500, "", {})]
     with pytest.raises(ConnectionError):
         answered(recipe, rows, path)
     paid = len(path.read_text().splitlines())
