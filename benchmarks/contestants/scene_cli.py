@@ -4,6 +4,7 @@ It owns how each is started and what counts as its work; it measures nothing. Bo
 same threshold; ours hands out upright frames at the stored size besides, which the peer does not.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(name: str, video: Path, folder: Path) -> None:
 
 def write_scenes(video: Path, out: Path) -> None:
     footage = Footage.of(video, LimitsConfig())
-    found = segments(moments(footage, CUT, LimitsConfig()), footage.fps(CUT), CUT)
+    found = segments(moments(footage, CUT, LimitsConfig(), os.cpu_count()), footage.fps(CUT), CUT)
     out.write_text("".join(f"{segment.start},{len(segment.frames)}\n" for segment in found))
 
 

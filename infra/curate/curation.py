@@ -178,7 +178,7 @@ def _stage_all(work: Work, processes: int, on_progress: OnProgress) -> None:
     if processes == 1:
         done = 0
         for unit in units:
-            stage(work, unit.number)
+            stage(work, unit.number, os.cpu_count())
             done += len(unit.items)
             on_progress("cut and score", done, total)
         return
