@@ -224,6 +224,9 @@ class Handler(BaseHTTPRequestHandler):
         objects = self.cluster.objects
         if path.endswith(("/log", "/status")) and method == "GET":
             return 200, objects.get(path, {})
+        if method == "POST" and plural == "selfsubjectaccessreviews":
+            wanted = body["spec"]["resourceAttributes"]
+            return 201, {"status": {"allowed": (wanted["verb"], wanted["resource"]) not in self.cluster.forbidden}}
         if method == "POST":
             return 201, self._create(path, plural, body)
         if method == "GET" and name is None:

@@ -19,8 +19,6 @@ from tests.api_server import Cluster
 from tests.cluster_recipes import request
 from tests.cluster_world import World
 
-ELASTIC = {"elastic": {"min_nodes": 1, "patience_seconds": 1}}
-
 
 class Run:
     """A gang, its world and who follows it."""
@@ -51,7 +49,7 @@ def run(client: ClusterClient, cluster: Cluster, tmp_path: Path) -> Iterator[Run
 
 @pytest.fixture
 def elastic(client: ClusterClient, cluster: Cluster, tmp_path: Path) -> Iterator[Run]:
-    made = Run(client, cluster, tmp_path, request(**ELASTIC))
+    made = Run(client, cluster, tmp_path, request(elastic={"min_nodes": 1, "patience_seconds": 1}))
     with made.gang:
         yield made
 

@@ -1,4 +1,4 @@
-"""`stiv launch`, `attach`, `status`, `logs`, `cancel`: a stage's gang on Kubernetes (docs/cluster.md)."""
+"""`stiv launch`, `attach`, `status`, `logs`, `cancel`, `cluster`: stages on Kubernetes (docs/cluster.md)."""
 
 import getpass
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from flows.catalog import recipe_path
 from flows.commands.options import JsonOption, open_registry
@@ -20,11 +21,15 @@ from infra.cluster.follow import Look
 from infra.cluster.gang import ClusterGang
 from infra.cluster.journal import GangJournal
 from infra.cluster.request import GangRequest
+from infra.cluster.setup.check import check as asked_of
+from infra.cluster.setup.foundations import foundations
 from infra.cluster.stage import request_for, train_on_cluster
 from infra.registry.registry import Registry
 from model.recipe import load
 
 app = typer.Typer()
+setup = typer.Typer(no_args_is_help=True, help="What a cluster needs before gangs run on it (docs/cluster.md).")
+app.add_typer(setup, name="cluster")
 
 StageArgument = Annotated[str, typer.Argument(help="stage of the curriculum")]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in curriculum or path of a curriculum.toml")]
@@ -127,6 +132,44 @@ def cancel(
         gang.refresh()
         gang.terminate()
         console.print(f"{asked.request.name}: deleted", soft_wrap=True)
+
+
+@setup.command()
+def check(
+    cluster: Annotated[Path, typer.Argument(help="cluster.toml")] = Path("cluster.toml"),
+    kubeconfig: KubeconfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the cluster for all that a gang needs; exit code 1 if something needed is missing."""
+    config = load_cluster(cluster)
+    answers = list(asked_of(ClusterClient.connect(kubeconfig), config))
+    if as_json:
+        print(json.dumps([asdict(answer) for answer in answers], indent=2))
+    else:
+        table = Table("about", "", "what")
+        for answer in answers:
+            table.add_row(answer.about, "good" if answer.good else "missing", answer.told)
+        console.print(table)
+    if any(answer.needed and not answer.good for answer in answers):
+        raise typer.Exit(1)
+
+
+@setup.command()
+def bootstrap(
+    cluster: Annotated[Path, typer.Argument(help="cluster.toml")] = Path("cluster.toml"),
+    kubeconfig: KubeconfigOption = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="quota of the namespace; none unless said")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="the server checks, and changes nothing")] = False,
+) -> None:
+    """Make namespace, accounts, role, network policies and quota; the same again changes nothing."""
+    config = load_cluster(cluster)
+    client = ClusterClient.connect(kubeconfig)
+    try:
+        for kind, thing in foundations(config, gpus=gpus):
+            client.apply(kind, thing, dry_run=dry_run)
+            console.print(f"{kind.name} {thing['metadata']['name']}", soft_wrap=True)
+    except ClusterError as error:
+        raise ValueError(explain(error, config)) from error
 
 
 def line_of(look: Look) -> str:
