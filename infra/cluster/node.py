@@ -7,6 +7,7 @@ code by which the cluster tells disruptions from crashes. Restarts are the clust
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from infra.launch.host import EXIT_HOPELESS, EXIT_LOST, Host
 from infra.launch.local import GangFailed, StageLaunch
 from infra.launch.rank import EXIT_STOPPED
 from infra.launch.stage import folders_of, input_folder, publish_trained
-from infra.launch.supervise import Restarts, supervise
+from infra.launch.supervise import supervise
 from infra.registry.opening import open_registry
 from infra.registry.registry import Registry
 from infra.store.artifacts import ArtifactNotFound
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _TELL_SECONDS = 20.0
 _POLL_SECONDS = 1.0
+_OWN_GRACE = 0.9
+"""Share of the pod's grace that its ranks get; the rest is for ending in order."""
 _PEER_LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|ncclSystemError|Socket Timeout|Connection refused"
     r"|remote process exited|failed to connect|DistNetworkError|DistStoreError"
@@ -54,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{path} is no order this image understands: {error}", file=sys.stderr)
         return EXIT_HOPELESS
     configure(stage=order.recipe.name)
+    # The kernel spares a container's first process a SIGTERM that it has not asked for.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED))
     return run_node(order, os.environ, Path(WORK_FOLDER))
 
 
@@ -106,7 +111,8 @@ def _train(order: NodeOrder, folders: RunFolders, journal: GangJournal, index: i
     host = Host(index, order.nodes, order.ranks_per_node, meet_at)
     checkpoints = None if order.checkpoints is None else f"{order.checkpoints.rstrip('/')}/{order.run}"
     port = order.metrics_port if index == 0 else 0
-    launch = StageLaunch(order.recipe, folders, port, checkpoints, host)
+    grace = _OWN_GRACE * order.grace_seconds
+    launch = StageLaunch(order.recipe, folders, port, checkpoints, host, grace)
     hang = order.hang
     patience = Patience(start=hang.start_seconds, step=hang.step_seconds, checkpoint=hang.checkpoint_seconds)
     ranks = range(index * order.ranks_per_node, (index + 1) * order.ranks_per_node)
@@ -118,8 +124,7 @@ def _train(order: NodeOrder, folders: RunFolders, journal: GangJournal, index: i
         if teller is not None:
             teller.look()
 
-    # One attempt: starting again is the cluster's, which starts all nodes.
-    status = supervise(launch, on_poll=look, patience=patience, restarts=Restarts(without_progress=1))
+    status = supervise(launch, on_poll=look, patience=patience)
     if teller is not None:
         teller.tell()
     return status

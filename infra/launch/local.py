@@ -59,7 +59,9 @@ class StageLaunch:
     checkpoint_store: str | None = None
     """Where checkpoints are kept beside the run folder; an empty run folder goes on from there."""
     host: Host | None = None
-    """Of a gang that spans several; all see the run folder. None: all ranks are here."""
+    """Of a gang that spans several; all see the run folder, and none starts again alone. None: all ranks are here."""
+    grace: float = GRACE_SECONDS
+    """Seconds that ranks which are asked to stop have for their step and a checkpoint."""
 
     @property
     def local_ranks(self) -> int:

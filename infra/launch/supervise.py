@@ -103,7 +103,7 @@ class _Supervisor:
             kept.append(self._keep(end))
             in_a_row = 0 if end.step > furthest else in_a_row + 1
             furthest = max(furthest, end.step)
-            if end.kind == "crashed":
+            if end.kind == "crashed" or self.launch.host is not None:  # one host of several cannot start again alone
                 raise self._failed(f"{end.why} (kept in {kept[-1]})", end, kept)
             if in_a_row >= self.restarts.without_progress:
                 names = ", ".join(path.name for path in kept[-in_a_row:])
@@ -125,11 +125,11 @@ class _Supervisor:
                 if watch.hangs():
                     return _hung(gang, watch)
             if status == "running":
-                status = gang.terminate()
+                status = gang.terminate(self.launch.grace)
         except GangFailed as error:
             return self._ended(gang, watch, "killed" if error.exit_code < 0 else "crashed")
         except BaseException:
-            gang.terminate()
+            gang.terminate(self.launch.grace)
             raise
         if self.stop.is_set():
             return "succeeded" if status == "succeeded" else "stopped"
