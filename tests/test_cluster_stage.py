@@ -94,6 +94,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow  # starts real ranks
 def test_a_stage_is_launched_runs_on_a_node_and_is_promoted(site: Site, cluster: Cluster, tmp_path: Path) -> None:
     results: list[Result] = []
     controller = threading.Thread(target=lambda: results.append(site.stiv("launch")))
