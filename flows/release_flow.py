@@ -19,7 +19,7 @@ from flows.catalog import target_path
 from infra.registry.opening import open_registry
 
 
-@trigger(event={"name": "stiv-ti2v-promoted", "parameters": {"ref": "ref"}})
+@trigger(event={"name": "stiv.ti2v.promoted", "parameters": {"ref": "digest"}})
 class ReleaseFlow(FlowSpec):
     """Export, prove, sign, publish, stand beside stable as a canary, and go live or back."""
 

@@ -83,7 +83,7 @@ CASES: dict[str, Case] = {
             f"stiv_training_grad_norm{{{RUN}}}": "1 1.1 0.9 1 1.1 0.9 " * 19 + "1 1 1 1 1 1.2 1.3 1.2 1.2 1.2",
             f"stiv_training_steps_total{{{RUN}}}": "0+9x200",
         },
-        at="118m",
+        at="123m",
     ),
     "GoodputLow": Case(
         {f"stiv_training_goodput_ratio{{{RUN}}}": "0.7x200"},
