@@ -146,7 +146,7 @@ def outcome(alert: str, case: Case, *, firing: bool) -> dict[str, Any]:
 
 
 def promtool(*arguments: str) -> str:
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
