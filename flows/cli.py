@@ -296,6 +296,23 @@ def serve(
 
 
 @app.command()
+def top(
+    targets: Annotated[
+        list[str], typer.Argument(help="addresses of metrics pages, such as http://127.0.0.1:8000/metrics, or ports")
+    ],
+    every: Annotated[float, typer.Option(min=0.1, help="seconds from one look to the next")] = 2.0,
+) -> None:
+    """Watch runs and servers live, until interrupted."""
+    from flows.commands.top import watch
+
+    urls = [f"http://127.0.0.1:{each}/metrics" if each.isdigit() else each for each in targets]
+    strange = [url for url in urls if not url.startswith(("http://", "https://"))]
+    if strange:
+        raise ValueError(f"{strange} are no addresses of metrics pages; give http://HOST:PORT/metrics, or a port")
+    watch(urls, console, every_s=every)
+
+
+@app.command()
 def api_key(name: Annotated[str, typer.Argument(help="whose key it is; letters, digits, '_' and '-'")]) -> None:
     """Make an API key: shown once on stderr; its entry for the keys file, a digest, on stdout."""
     from infra.serving.clients.keys import new_key

@@ -1,5 +1,6 @@
 """Metrics keep Prometheus' rules and can be scraped; logs are JSON lines and other ranks are quiet."""
 
+import io
 import json
 import logging
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
+from flows.commands import top
 from monitoring import logs, metrics, reference
 
 REGISTRIES = {
@@ -203,3 +206,20 @@ def test_the_reference_page_is_what_the_code_says() -> None:
 def test_promtool_finds_nothing_wrong_with_a_page(registry: CollectorRegistry) -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=metrics.render(registry)[0], capture_output=True)
     assert done.returncode == 0 and not done.stderr.strip(), done.stderr.decode()
+
+
+def test_top_shows_runs_servers_and_what_cannot_be_reached() -> None:
+    metrics.TRAINING_LOSS.set(0.25)
+    metrics.TRAINING_STEPS_TOTAL.inc(10)
+    metrics.QUEUE_DEPTH.set(3)
+    trainer, server = metrics.start_exporter(0), metrics.start_exporter(0, metrics.SERVING)
+    console = Console(width=140, record=True, force_terminal=False, file=io.StringIO())
+    try:
+        urls = [f"http://127.0.0.1:{port}/metrics" for port in (trainer.port, server.port)]
+        top.watch([*urls, "http://127.0.0.1:9/metrics"], console, every_s=0.01, rounds=2)
+    finally:
+        trainer.close()
+        server.close()
+    shown = console.export_text()
+    for words in ("loss", "0.25", "a second)", "waiting, running", "3, 0", "unreachable", "Connection refused"):
+        assert words in shown, shown
