@@ -32,7 +32,10 @@ class Page:
 
     def labels(self, name: str) -> dict[str, str]:
         """Of the first series of an `_info` metric; empty where there is none."""
-        return next((dict(own) for each, own in self.values if each == name), {})
+        for each, own in self.values:
+            if each == name:
+                return dict(own)
+        return {}
 
 
 def read_page(url: str) -> Page:

@@ -1,8 +1,8 @@
 """An alert really fires: a real server is scraped by a real Prometheus, and an Alertmanager tells a webhook."""
 
 import json
+import os
 import shutil
-import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.rollout.observer import free_port, start_prometheus, wait_until_answers, write_targets
+from infra.rollout.observer import free_port, start_prometheus, write_targets
+from infra.rollout.process import Process, wait_until_answers
 from tests.tiny_server import serving, tiny_pipeline
 
 MISSING = [name for name in ("prometheus", "prometheus-alertmanager") if shutil.which(name) is None]
@@ -44,12 +45,12 @@ def test_a_server_that_is_gone_reaches_the_webhook_of_an_alertmanager(tmp_path: 
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(quick))
 
     address = f"127.0.0.1:{free_port()}"
-    command = ["prometheus-alertmanager", f"--config.file={tmp_path}/alertmanager.yml", f"--storage.path={tmp_path}/am"]
+    program, log = shutil.which("prometheus-alertmanager") or "", tmp_path / "alertmanager.log"
+    command = [program, f"--config.file={tmp_path}/alertmanager.yml", f"--storage.path={tmp_path}/am"]
     command += [f"--web.listen-address={address}", "--cluster.listen-address="]
-    with (tmp_path / "alertmanager.log").open("wb") as log:
-        alertmanager = subprocess.Popen(command, stdout=log, stderr=log)
+    alertmanager = Process.spawn(command, log, os.environ)
     try:
-        wait_until_answers(f"http://{address}/-/ready", alertmanager, tmp_path / "alertmanager.log")
+        wait_until_answers(f"http://{address}/-/ready", alertmanager, log)
         with serving(tmp_path, tiny_pipeline()) as running:
             target = running.url.removeprefix("http://")
             write_targets(tmp_path / "prometheus", {target: {"track": "stable"}})
@@ -63,10 +64,8 @@ def test_a_server_that_is_gone_reaches_the_webhook_of_an_alertmanager(tmp_path: 
             time.sleep(0.2)
         assert told and told[0]["alertname"] == "ServerDown" and told[0]["instance"] == target
         assert told[0]["severity"] == "page"
-        prometheus.terminate()
-        prometheus.wait()
+        prometheus.stop(patience_s=30)
     finally:
-        alertmanager.terminate()
-        alertmanager.wait()
+        alertmanager.stop(patience_s=30)
         receiver.shutdown()
         receiver.server_close()

@@ -60,5 +60,4 @@ def test_a_real_prometheus_takes_every_query_and_the_rules(tmp_path: Path) -> No
                     assert prometheus.query(dashboard.filled(query.expr)) == [], "nothing is scraped here"
     finally:
         prometheus.close()
-        process.terminate()
-        process.wait()
+        process.stop(patience_s=30)

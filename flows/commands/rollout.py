@@ -128,8 +128,7 @@ def probe(
     """Ask for one small video again and again, and show on /metrics how that goes."""
     import threading
 
-    from infra.rollout.probe import ProbeSettings
-    from infra.rollout.prober import watch
+    from infra.rollout.probe import ProbeSettings, watch
     from monitoring import logs, metrics
 
     logs.configure()

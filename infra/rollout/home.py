@@ -5,7 +5,6 @@ release it is what two Deployments, a Service and an HTTPRoute are in a cluster.
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 
 from infra.rollout.analysis import Standing
-from infra.rollout.observer import free_port, start_prometheus, wait_until_answers, write_targets
+from infra.rollout.observer import free_port, start_prometheus, write_targets
 from infra.rollout.probe import Backends
+from infra.rollout.process import Process, wait_until_answers
 from infra.rollout.routes import ROUTES, Routes, read_routes
 from infra.serving.jobs.store import JobStore
 from infra.serving.jobs.table import Track
@@ -29,36 +28,6 @@ READY_S = 900.0
 
 Command = Callable[[str, int], Sequence[str]]
 """(digest of the engine, port) -> the command line of a server."""
-
-
-class Process(Config):
-    """One that runs detached; its start tells it from a later one with its number."""
-
-    pid: int
-    started: float
-
-    @classmethod
-    def of(cls, pid: int) -> "Process":
-        return cls(pid=pid, started=psutil.Process(pid).create_time())
-
-    def find(self) -> psutil.Process | None:
-        try:
-            process = psutil.Process(self.pid)
-            alive = process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return None
-        return process if alive else None
-
-    def stop(self, patience_s: float = 0.0) -> None:
-        """SIGTERM; after `patience_s`, if it is not 0, SIGKILL to what is left of its family."""
-        process = self.find()
-        if process is None:
-            return
-        family = [process, *process.children(recursive=True)]
-        process.terminate()
-        if patience_s:
-            for left in psutil.wait_procs(family, timeout=patience_s)[1]:
-                left.kill()
 
 
 class Server(Config):
@@ -158,12 +127,11 @@ class Home:
         wait_until_answers(f"http://127.0.0.1:{port}/router/metrics", router, self.folder / "router.log")
         prometheus, url = None, self.settings.prometheus_url
         if url is None:
-            url, process = start_prometheus(self.folder / "prometheus", interval_s=self.settings.scrape_every_s)
-            prometheus = Process.of(process.pid)
+            url, prometheus = start_prometheus(self.folder / "prometheus", interval_s=self.settings.scrape_every_s)
         self._write(
             HomeState(
                 stable=stable,
-                router=Process.of(router.pid),
+                router=router,
                 router_port=port,
                 prometheus=prometheus,
                 prometheus_url=url,
@@ -268,18 +236,10 @@ class Home:
         state.unlink(missing_ok=True)
         keeper = [sys.executable, "-m", "infra.rollout.keeper", str(state), *self.settings.command(engine, port)]
         process = self._spawn(keeper, name, STIV_TRACK=track, STIV_DATABASE_URL=self.settings.database_url)
-        return Server(track=track, engine=engine, port=port, keeper=Process.of(process.pid), state=state.name)
+        return Server(track=track, engine=engine, port=port, keeper=process, state=state.name)
 
-    def _spawn(self, command: Sequence[str], name: str, **environment: str) -> "subprocess.Popen[bytes]":
-        with (self.folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
-                command,
-                env={**self.settings.environment, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    def _spawn(self, command: Sequence[str], name: str, **environment: str) -> Process:
+        return Process.spawn(command, self.folder / f"{name}.log", {**self.settings.environment, **environment})
 
     def _await_ready(self, server: Server) -> None:
         deadline = time.monotonic() + READY_S

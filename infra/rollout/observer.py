@@ -8,12 +8,10 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx
+from infra.rollout.process import Process, wait_until_answers
 
 TARGETS = "targets.json"
 _CONFIG = """\
@@ -46,7 +44,7 @@ def write_targets(folder: Path, targets: Mapping[str, Mapping[str, str]]) -> Non
 
 def start_prometheus(
     folder: Path, *, interval_s: float = 5.0, rules: Path | None = None, alertmanager: str | None = None
-) -> tuple[str, "subprocess.Popen[bytes]"]:
+) -> tuple[str, Process]:
     """Start one on a free port of loopback and wait until it is ready; its address and process.
 
     Raises:
@@ -73,25 +71,9 @@ def start_prometheus(
     address = f"127.0.0.1:{free_port()}"
     command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
     command += [f"--web.listen-address={address}", "--storage.tsdb.retention.time=30d", "--log.level=warn"]
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    process = Process.spawn(command, folder / "log", os.environ)
     wait_until_answers(f"http://{address}/-/ready", process, folder / "log")
     return f"http://{address}", process
-
-
-def wait_until_answers(url: str, process: "subprocess.Popen[bytes]", log: Path, *, patience_s: float = 120.0) -> None:
-    """Until `url` answers 200; a process that ends before is an error with the end of its log."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"{process.args} ended with {process.returncode}: {log.read_text()[-2000:]}")
-        try:
-            if httpx.get(url, timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError(f"{url} does not answer after {patience_s:g} s; its log is {log}")
 
 
 def free_port() -> int:

@@ -6,7 +6,9 @@ contrast that stable's has too. That an engine computes what its own network doe
 """
 
 import io
+import logging
 import math
+import threading
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -21,6 +23,9 @@ from infra.serving.jobs.table import Track
 from infra.serving.media import blank_frames
 from model.config import Config, Positive
 from model.generation import Clip
+from monitoring import metrics
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PROMPTS = ("a red circle moves right", "a blue square moves up")
 POLL_S = 0.1
@@ -125,6 +130,26 @@ def draw(url: str, key: str | None, prompt: str, settings: ProbeSettings, *, tra
     with av.open(io.BytesIO(content.content), "r", format="mp4") as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return np.stack(frames).astype(np.uint8, copy=False)
+
+
+def watch(url: str, key: str | None, settings: ProbeSettings, *, every_s: float, stop: threading.Event) -> None:
+    """A synthetic user: probe the service at `url` until `stop` is set; one that fails is counted, never raised.
+
+    Where few videos are asked for, only this tells that a service is down.
+    """
+    metrics.PROBE_LAST_SUCCESS_TIMESTAMP_SECONDS.set(time.time())
+    while not stop.is_set():
+        began = time.monotonic()
+        try:
+            draw(url, key, settings.prompts[0], settings)
+        except (ProbeFailed, httpx.HTTPError) as error:
+            logger.warning("no synthetic video: %s", error)
+            metrics.PROBES_TOTAL.labels("failed").inc()
+        else:
+            metrics.PROBES_TOTAL.labels("completed").inc()
+            metrics.PROBE_SECONDS.observe(time.monotonic() - began)
+            metrics.PROBE_LAST_SUCCESS_TIMESTAMP_SECONDS.set(time.time())
+        stop.wait(max(0.0, every_s - (time.monotonic() - began)))
 
 
 def _json(answer: httpx.Response) -> dict[str, str]:
