@@ -224,7 +224,7 @@ MEMORY_BYTES = Gauge(
 )
 STAGE_SECONDS = Histogram(
     "stiv_stage_seconds",
-    "Wall time of one part of the way: encode, denoise, decode, moderate, mp4, store, of one keep of latents, or of a warm_up.",
+    "Wall time of one part of the way: encode, denoise, decode, moderate, mp4, store, keep of latents, or warm_up.",
     ["stage"],
     buckets=_MINUTES_EDGES,
     registry=SERVING,
