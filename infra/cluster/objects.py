@@ -39,7 +39,6 @@ POD = Kind("", "v1", "pods", "Pod")
 EVENT = Kind("", "v1", "events", "Event")
 NODE = Kind("", "v1", "nodes", "Node", namespaced=False)
 POD_MONITOR = Kind("monitoring.coreos.com", "v1", "podmonitors", "PodMonitor")
-WORKLOAD = Kind("kueue.x-k8s.io", "v1beta2", "workloads", "Workload")
 LOCAL_QUEUE = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue")
 
 JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
