@@ -31,8 +31,8 @@ from typing import cast
 import psutil
 import torch
 
+from benchmarks.contestants.model_mfu import mfu_figures
 from benchmarks.contestants.model_step import Contestant, Shape, latte, ours
-from benchmarks.model_mfu import mfu_figures
 from benchmarks.result import report
 from model.network.flops import training_flops
 

@@ -321,8 +321,7 @@ class ExportConfig(Config):
     precision: Precision = "fp32"
     """Of matrix products and their weights in the exported graph; norms, RoPE, softmax and the condition stay fp32."""
     quantization: Quantization = "none"
-    """Of the blocks' linear layers, weights and inputs, calibrated on the stage's own videos; what is not good enough
-    is refused by its parity."""
+    """Of the blocks' linear layers, calibrated on the stage's own videos; parity refuses what is too coarse."""
     guidance_in_graph: bool = False
     """The graph also combines the passes of guidance and renormalises; off leaves that to the sampler."""
     parts: tuple[PartName, ...] = ()
@@ -347,15 +346,13 @@ class GateRule(Config):
 class ChampionRule(Config):
     """Not worse than what the ref points at now: the far end of a paired bootstrap interval must stay within a margin.
 
-    It needs the metric sample by sample (`evaluation/samples.json`). A ref that points nowhere yet has no champion,
-    and the rule passes and says so.
+    It needs the metric sample by sample (`evaluation/samples.json`). With no champion yet it passes, and says so.
     """
 
     metric: str
     not_worse_by: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """How much worse the mean may be, in the metric's own unit."""
     better: Literal["lower", "higher"]
-    """Which way the metric gets better."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of the two-sided interval of the mean difference."""
     resamples: Annotated[int, Field(ge=1000, le=1_000_000)] = 10_000
@@ -363,7 +360,6 @@ class ChampionRule(Config):
 
     @property
     def wanted(self) -> str:
-        """What the rule asks of its metric."""
         return f"worse than the champion by at most {self.not_worse_by:g}"
 
 

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -103,23 +103,23 @@ def test_the_contracts_let_a_sound_house_stand(small_house: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def names(requirements: Iterable[str]) -> list[str]:
+    return [canonicalize_name(Requirement(line).name) for line in requirements]
+
+
 def test_every_library_a_room_imports_is_declared() -> None:
     """What a room imports stands in pyproject.toml by name, and is not there only because something else needs it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *chain.from_iterable(project["optional-dependencies"][extra] for extra in EXTRAS),
-    ]
-    declared = {canonicalize_name(Requirement(line).name) for line in wanted}
+    extras = {extra: set(names(project["optional-dependencies"][extra])) for extra in (*EXTRAS, "dev")}
+    declared = set(names(project["dependencies"])).union(*(extras[extra] for extra in EXTRAS))
     providers = packages_distributions()
     undeclared = [
         f"{module} imports {library}"
         for module in MODULES
         for library in imported(module) - sys.stdlib_module_names - set(ROOMS) - OPTIONAL
-        # A benchmark runs in a checkout, and may use the servers of its tests.
-        if (module.parts[0], library) != ("benchmarks", "tests")
         if not (library == "tests" and module.parts[0] == "benchmarks")  # they lie beside the tests, in no wheel
-        if not declared & {canonicalize_name(name) for name in providers.get(library, [])}
+        if not (declared | (extras["dev"] if module.parts[0] == "benchmarks" else set()))
+        & set(names(providers.get(library, [])))
     ]
     assert not undeclared
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.contestants.model_mfu import flops_a_second, peak_of, step_seconds, sweep, training_step
 from benchmarks.contestants.model_step import Shape, latte, ours
-from benchmarks.model_mfu import flops_a_second, peak_of, step_seconds, sweep, training_step
 from benchmarks.model_speed import against_latte, masked_step, ratio, take_turns
 from model.network.flops import training_flops
 
