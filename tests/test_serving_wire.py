@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.fuzz_serving import SETTINGS, fuzz
+from tests.fuzz import SETTINGS, fuzz
 from tests.s3_server import free_ports
 from tests.server_process import server_process
 from tests.tiny_server import KEY
