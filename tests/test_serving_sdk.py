@@ -6,17 +6,17 @@ from typing import Any
 
 import openai
 import pytest
+from openai.resources.videos import AsyncVideos, Videos
 
 from tests.tiny_server import CLIP, KEY, Running, encoded, serving, tiny_pipeline
 
 QUICK = {"num_frames": 4, "num_inference_steps": 1}
-Videos = openai.resources.videos.Videos | openai.resources.videos.AsyncVideos
 
 
 class Recorded:
     """The client's `videos`, which remembers what was called; answers are awaited where they must be."""
 
-    def __init__(self, videos: Videos) -> None:
+    def __init__(self, videos: Videos | AsyncVideos) -> None:
         self.videos = videos
         self.called: set[str] = set()
 

@@ -179,14 +179,14 @@ def _at_fps(decoded: Iterator[Any], rate: Fraction | None, wanted: Wanted) -> It
 def _timed(decoded: Iterator[Any], rate: Fraction) -> Iterator[tuple[Any, Fraction, Fraction]]:
     """Frames with the times at which they appear and go, counted from the first, and a rounding early: a clock of
     milliseconds puts 2/3 s at 667 ms, and it is meant to be there at 2/3 s."""
-    first: Fraction | None = None
-    start, length = Fraction(0), 1 / rate
-    for frame in decoded:
+    first = start = Fraction(0)
+    length = 1 / rate
+    for index, frame in enumerate(decoded):
         tick: Fraction = frame.time_base or Fraction(0)
-        time = start + length if frame.pts is None else frame.pts * tick
-        first = time if first is None else first
+        time: Fraction = first + start + length if frame.pts is None else frame.pts * tick
+        first = first if index else time
         start = max(start, time - first)
-        length = frame.duration * tick if frame.duration else 1 / rate
+        length: Fraction = frame.duration * tick if frame.duration else 1 / rate
         rounding = min(tick, MILLISECOND)
         yield frame, start - rounding, start + length - rounding
 
