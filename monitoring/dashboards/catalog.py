@@ -197,6 +197,30 @@ SERVING = Dashboard(
             ),
         ),
         (
+            Panel(
+                "How full calls are",
+                (Query(mean("stiv_denoise_batch_occupancy_ratio", "5m"), RUN),),
+                "percentunit",
+                says="Rows over those that a call could hold.",
+            ),
+            Panel(
+                "Time in the queue, 90 %",
+                (Query("histogram_quantile(0.9, sum by (le) (rate(stiv_job_queue_seconds_bucket[5m])))", "waited"),),
+                "s",
+            ),
+            Panel(
+                "Videos within three times what they take alone",
+                (
+                    Query(
+                        'sum(rate(stiv_job_stretch_ratio_bucket{le="3.0"}[1h])) /'
+                        " sum(rate(stiv_job_stretch_ratio_count[1h]))",
+                        "in time",
+                    ),
+                ),
+                "percentunit",
+            ),
+        ),
+        (
             Panel("Memory", (Query("stiv_memory_bytes", f"{RUN} {{{{where}}}}"),), "bytes"),
             Panel("Engine", (Query("stiv_engine_info", f"{RUN}: {{{{digest}}}} {{{{stage}}}} ({{{{engine}}}})"),)),
             Panel(
