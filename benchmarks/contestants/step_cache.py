@@ -3,6 +3,7 @@
 It owns the network, trained here on moving shapes unless a store holds one, and the clips; it knows nothing of engines.
 """
 
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -31,6 +32,8 @@ CAPTIONS = tuple(
     for way in ("left", "right")
 )
 THRESHOLD = 0.12
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""The one rank that trains, in this process."""
 STEPS = 400
 """Of training: enough for shapes and their ways, so that a trajectory bends as a trained network's does."""
 
@@ -43,6 +46,7 @@ def trained_generator(store: Path | None, work: Path, *, quick: bool) -> ClipGen
     corpus = build_corpus(work / "corpus", CorpusConfig(shapes=64 if quick else 1200, heldout_shapes=16))
     fit_codec(corpus, recipe.vae, recipe.video, work / "codec")
     folders = RunFolders(data=work / "corpus", codec=work / "codec", run=work / "run")
+    os.environ.update(RANK)
     train(recipe, folders)
     weights = checkpoint.latest(folders.checkpoints)
     assert weights is not None, "a finished run has a checkpoint"

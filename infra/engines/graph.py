@@ -64,7 +64,7 @@ def export_graph(registry: Registry, network: STIV, recipe: StageRecipe, work: P
 def graph_inputs(registry: Registry, network: STIV, recipe: StageRecipe) -> GraphInputs:
     return GraphInputs(
         recipe_sha256=recipe_digest(recipe),
-        weights_sha256=weights_digest(graph_weights(network, recipe.export.precision)),
+        weights_sha256=weights_digest(graph_weights(network)),
         precision=recipe.export.precision,
         profile=ShapeProfile.of(recipe, network),
         code=spelt(registry.code),
