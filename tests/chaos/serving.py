@@ -100,14 +100,16 @@ def storm(folder: Path, database_url: str, *, kills: int, seed: int, longest_pau
         client = threading.Thread(target=lambda: asyncio.run(_load(replicas.ports, outcome, over, seed)))
         client.start()
         source = random.Random(seed)
-        _wait_until_ready(replicas.ports)
-        for _ in range(kills):
-            _wait_for_promises(outcome, source.randint(1, 3))
-            time.sleep(source.uniform(0, longest_pause_s))
-            replicas.kill(source.choice(replicas.ports))
-            outcome.kills += 1
-        over.set()
-        client.join()
+        try:
+            _wait_until_ready(replicas.ports)
+            for _ in range(kills):
+                _wait_for_promises(outcome, source.randint(1, 3))
+                time.sleep(source.uniform(0, longest_pause_s))
+                replicas.kill(source.choice(replicas.ports))
+                outcome.kills += 1
+        finally:  # a storm that failed must not leave a thread that asks for ever
+            over.set()
+            client.join()
         asyncio.run(_settle(replicas.ports, outcome))
     logs = [path.read_text() for path in folder.glob("*.log")]
     outcome.resumed = sum(log.count(" goes on after step ") for log in logs)
