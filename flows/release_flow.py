@@ -9,6 +9,7 @@ Deployed, it starts whenever CurriculumFlow promotes a `ti2v` checkpoint. Nothin
 
 # Metaflow has no types: steps, parameters and artifacts are attributes made at run time.
 # pyright: basic, reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportUntypedFunctionDecorator=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import os
 from pathlib import Path
