@@ -386,14 +386,18 @@ def test_a_canary_makes_its_own_videos_and_stable_takes_over_what_it_cannot(data
     try:
         ours = [create(canary).id for _ in range(4)]
         theirs = create(stable).id
-        assert {job.job_id for job in canary.waiting(9)} == set(ours) and [job.job_id for job in stable.waiting(9)] == [theirs]
+        assert {job.job_id for job in canary.waiting(9)} == set(ours) and [job.job_id for job in stable.waiting(9)] == [
+            theirs
+        ]
 
         assert len(canary.lease("canary-worker", ours[:3])) == 3
         assert canary.hand_over(ours[0], "canary-worker") and not canary.hand_over(ours[0], "canary-worker")
         assert canary.complete(ours[1], "canary-worker", {}, engine="e", retention_s=60)
         assert canary.get(ours[1]).track == "canary"
         assert canary.release("canary-worker") == 1
-        assert [job.job_id for job in stable.waiting(9)] == [ours[0], ours[2], theirs], "in the order they were asked for"
+        assert [job.job_id for job in stable.waiting(9)] == [ours[0], ours[2], theirs], (
+            "in the order they were asked for"
+        )
 
         assert stable.hand_over_waiting(older_than_s=60) == 0, "a canary gets time to take its jobs"
         assert canary.hand_over_waiting() == 1
