@@ -145,6 +145,7 @@ def test_what_another_recipe_left_is_removed_and_its_own_is_kept(tmp_path: Path)
     assert not (folder / "checkpoints").exists() and (folder / "digest").read_text() == "two"
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once_and_a_killed_one_again(tmp_path: Path) -> None:
     rows = {name: row for name, row in quick(ROWS).items() if name in ("t2i", "t2i_scale_7_plain")}
     place, console = Workplace(tmp_path), Console(quiet=True)

@@ -27,6 +27,7 @@ def test_counted_operations_are_those_that_the_network_is_known_to_need() -> Non
     assert 3 * counted == training_flops(SMALL.config(), SMALL.latents, SMALL.text)
 
 
+@pytest.mark.slow
 def test_every_figure_against_latte_is_there() -> None:
     figures = against_latte("cpu", SMALL, turns=1)
     assert {f"cpu_{name}_ratio_to_latte" for name in ("forward", "fwdbwd", "memory", "flops")} < set(figures)

@@ -24,6 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         home.down()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_wrong_canary_gets_no_request_and_a_crashing_one_costs_no_request(home: Home) -> None:
     wrong = play(home, "wrong-output", plan(deadline_s=300))

@@ -93,6 +93,7 @@ def test_an_image_network_exports_too_whatever_its_weights_are_and_large_ones_li
         OnnxEngine(file.path)
 
 
+@pytest.mark.slow
 def test_a_network_of_other_choices_with_an_image_and_its_guidance_inside_exports_too(tmp_path: Path) -> None:
     unlike = {"qk_norm", "sandwich_norm", "condition_norm", "shared_modulation", "micro_conditions"}
     network = {"hidden_size": 32, "depth": 3, "num_heads": 2, **dict.fromkeys(unlike, False)}

@@ -14,11 +14,10 @@ import psutil
 import pytest
 
 from flows.catalog import RECIPES
-from infra.engines.export import export_engine
 from infra.ingest import ingest
 from infra.launch.stage import run_stage
 from infra.registry.gate import PromotionRefused
-from infra.registry.names import CANDIDATE, promoted
+from infra.registry.names import promoted
 from infra.registry.registry import Registry
 from infra.store.location import open_store
 from model.recipe import Curriculum, load
@@ -109,7 +108,7 @@ def test_a_killed_curriculum_resumes_where_it_was_and_promotes_every_stage(
     recipe: Path, store: Path, home: dict[str, str], tmp_path: Path
 ) -> None:
     registry, log = Registry(open_store(str(store))), tmp_path / "flow.log"
-    run = ["run", "--recipe", str(recipe), "--set", ";".join([*SMALL, "t2v.training.unmasked_steps=400"])]
+    run = ["run", "--recipe", str(recipe), "--set", ";".join([*SMALL, "t2v.training.unmasked_steps=120"])]
     first = flow(*run, "--store", str(store), "--work", str(tmp_path / "work"), home=home, log=log)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "work").glob("*/t2v/checkpoints/latest")):
@@ -125,7 +124,7 @@ def test_a_killed_curriculum_resumes_where_it_was_and_promotes_every_stage(
     t2v = next((tmp_path / "work").glob("*/t2v"))
     assert "resumed after step" in (t2v / "logs" / "rank-0.log").read_text()
     steps = [line.step for line in read_progress(t2v / "progress.jsonl")]
-    assert steps == list(range(1, 405)), "every step is there once, in order"
+    assert steps == list(range(1, 125)), "every step is there once, in order"
     assert registry.ref(promoted("t2i")) == after_t2i, "a finished stage is not trained again"
     t2v_manifest, ti2v = registry.resolve(promoted("t2v")), registry.resolve(promoted("ti2v"))
     assert t2v_manifest.parents["checkpoint"] == after_t2i.digest
@@ -136,10 +135,6 @@ def test_a_killed_curriculum_resumes_where_it_was_and_promotes_every_stage(
         cards = (tmp_path / ".metaflow" / "mf.cards").glob(f"CurriculumFlow/runs/*/steps/{stage}/tasks/*/cards/*.html")
         shown = content_of(max(cards, key=lambda card: card.stat().st_mtime))
         assert "Gate: promoted" in shown and "data:image/png" in shown and "heldout_loss" in shown
-
-    exported = export_engine(registry, promoted("ti2v"), tmp_path / "export", who="tests")
-    assert exported.proof.worst_call.max_abs_error <= 1e-4
-    assert registry.resolve(CANDIDATE).parents["checkpoint"] == ti2v.digest
 
 
 def test_the_flow_explains_itself(home: dict[str, str], tmp_path: Path) -> None:

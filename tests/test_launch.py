@@ -177,6 +177,7 @@ def ema_of(folders: RunFolders) -> dict[str, torch.Tensor]:
     return checkpoint.load_weights(folder, "ema")
 
 
+@pytest.mark.slow
 def test_an_empty_machine_goes_on_from_the_store_of_checkpoints(inputs: Inputs, tmp_path: Path) -> None:
     recipe, folders, store = stage(**STEPS), inputs.folders(tmp_path / "run"), str(tmp_path / "store")
     gang = LocalGang.start(StageLaunch(recipe, folders, checkpoint_store=store))

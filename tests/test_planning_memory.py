@@ -40,6 +40,7 @@ def large(*overrides: str, stage: str = "t2v_256") -> StageRecipe:
     return load(recipe_path("m"), [f"{stage}.{override}" for override in overrides]).stage(stage)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_training_step_is_the_planned_one() -> None:
     recipes = [heavy_stage(**case) for case in CASES]
     trees = json.dumps([recipe.model_dump(mode="json") for recipe in recipes])
