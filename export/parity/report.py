@@ -30,8 +30,8 @@ BOUNDS: dict[str, ParityBounds] = {
     "fp32": ParityBounds(max_abs_error=1e-4, relative_error=2e-5, trajectory_error=1e-4, psnr_db=60.0),
     "fp16": ParityBounds(max_abs_error=2e-2, relative_error=2e-3, trajectory_error=4e-3, psnr_db=40.0),
     "bf16": ParityBounds(max_abs_error=3e-1, relative_error=3e-2, trajectory_error=4.5e-2, psnr_db=32.0),
-    "int8": ParityBounds(max_abs_error=1.0, relative_error=1e-1, trajectory_error=1e-1, psnr_db=28.0),
-    "fp8": ParityBounds(max_abs_error=1.0, relative_error=1e-1, trajectory_error=1e-1, psnr_db=28.0),
+    "int8": ParityBounds(max_abs_error=5e-1, relative_error=5e-2, trajectory_error=1e-1, psnr_db=28.0),
+    "fp8": ParityBounds(max_abs_error=5e-1, relative_error=6e-2, trajectory_error=1e-1, psnr_db=28.0),
 }
 """By the engine's lowest precision; docs/export.md says where each comes from."""
 
