@@ -20,21 +20,19 @@ def recipe_path(name: str) -> Path:
 
 def target_path(name: str) -> Path:
     """A path as given, or the built-in target of that name (`cpu`)."""
-    if Path(name).is_file():
-        return Path(name)
-    built_in = RECIPES / "targets" / f"{name}.toml"
-    if built_in.is_file():
-        return built_in
-    known = sorted(path.stem for path in (RECIPES / "targets").glob("*.toml"))
-    raise ValueError(f"target '{name}' is neither a file nor a built-in target; built in: {known}")
+    return _file(name, "target", RECIPES / "targets")
 
 
 def curation_path(name: str) -> Path:
     """A path as given, or the built-in curation of that name (`film`)."""
+    return _file(name, "curation", RECIPES / "curate")
+
+
+def _file(name: str, what: str, folder: Path) -> Path:
     if Path(name).is_file():
         return Path(name)
-    built_in = RECIPES / "curate" / f"{name}.toml"
+    built_in = folder / f"{name}.toml"
     if built_in.is_file():
         return built_in
-    known = sorted(path.stem for path in (RECIPES / "curate").glob("*.toml"))
-    raise ValueError(f"curation '{name}' is neither a file nor a built-in one; built in: {known}")
+    known = sorted(path.stem for path in folder.glob("*.toml"))
+    raise ValueError(f"{what} '{name}' is neither a file nor a built-in {what}; built in: {known}")
