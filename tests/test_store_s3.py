@@ -24,7 +24,6 @@ from infra.store.artifacts import (
 from infra.store.location import open_store
 from infra.store.s3_client import S3Access
 from infra.store.s3_parts import PART
-from infra.store.s3_trail import LONGEST
 from tests.chaos.proxy import FaultyLink, Request, Script
 from tests.s3_server import S3Server
 
@@ -190,9 +189,20 @@ def test_a_write_that_a_rival_built_upon_before_its_answer_was_known_is_known_as
         assert store.create("ref", b"2") == written[0]
 
 
+def test_a_write_is_known_as_our_own_under_forty_that_followed(s3_server: S3Server) -> None:
+    def build_upon_it() -> None:
+        written.append(rival.read("ref").version)
+        for number in range(40):
+            rival.swap("ref", f"rival {number}".encode(), rival.read("ref").version)
+
+    written: list[str] = []
+    with linked(s3_server, first("PUT", "drop_answer", build_upon_it)) as (store, rival):
+        assert store.swap("ref", b"2", rival.create("ref", b"1")) == written[0]
+
+
 def test_a_write_that_more_built_upon_than_the_trail_holds_is_neither_done_nor_refused(s3_server: S3Server) -> None:
     def build_upon_it() -> None:
-        for number in range(LONGEST):
+        for number in range(60):
             rival.swap("ref", f"rival {number}".encode(), rival.read("ref").version)
 
     with linked(s3_server, first("PUT", "drop_answer", build_upon_it)) as (store, rival):

@@ -55,18 +55,30 @@ class BuildLog:
             self._file = None
 
     def listener(self, trt: Any) -> Any:
-        """An `ILogger` of the library that writes here."""
-        log = self
+        """The `ILogger` of the library in this process, which writes here until another log asks for it.
 
-        class Listener(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
+        A process has one: a library keeps the first it was given as long as anything that was given it lives, and
+        ignores those that differ.
+        """
+        listener = _LISTENERS.get(trt.__name__) or _LISTENERS.setdefault(trt.__name__, _new_listener(trt))
+        listener.target = self
+        return listener
 
-            def log(self, severity: Any, msg: str) -> None:
-                if severity <= trt.ILogger.INFO:  # VERBOSE names every tactic that was tried
-                    log.write(severity.name, msg, warning=severity <= trt.ILogger.WARNING)
 
-        return Listener()
+_LISTENERS: dict[str, Any] = {}
+
+
+def _new_listener(trt: Any) -> Any:
+    class Listener(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.target: BuildLog | None = None
+
+        def log(self, severity: Any, msg: str) -> None:
+            if self.target and severity <= trt.ILogger.INFO:  # VERBOSE names every tactic that was tried
+                self.target.write(severity.name, msg, warning=severity <= trt.ILogger.WARNING)
+
+    return Listener()
 
 
 class Progress:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import cast
-from uuid import uuid4
 
 from infra.store.artifacts import (
     AlreadyExists,
@@ -28,7 +27,7 @@ from infra.store.artifacts import (
 )
 from infra.store.s3_client import Answer, Lost, Refused, S3Access, S3Client, pauses, repeated
 from infra.store.s3_parts import PART, checksum, give_up, pieces, sent_in_parts
-from infra.store.s3_trail import Trail
+from infra.store.s3_trail import Trail, new_writer
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class S3Store(ArtifactStore):
 
     def _put(self, key: str, data: bytes, found: Answer | None) -> tuple[str | None, Answer | None]:
         """Write over the object that was found, or over nothing: what `_settled` says."""
-        writer, expected = uuid4().hex, _version(found)
+        writer, expected = new_writer(), _version(found)
         place = {
             "Key": self._prefix + key,
             "Metadata": Trail.of(found).then(expected, writer).metadata,
@@ -214,7 +213,7 @@ class S3Store(ArtifactStore):
         return version is not None
 
     def _upload_parts(self, key: str, source: Source, found: Answer | None) -> bool:
-        writer, expected = uuid4().hex, _version(found)
+        writer, expected = new_writer(), _version(found)
         metadata = Trail.of(found).then(expected, writer).metadata
         with sent_in_parts(self._client, self._prefix + key, source.path, metadata) as upload:
             source.check()

@@ -5,10 +5,11 @@ It owns the trail's form and what can be concluded from it; it knows nothing of 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from secrets import token_urlsafe
 from typing import Any, Self
 
-LONGEST = 16
-"""Steps that are kept: the first, and the last fifteen. S3 allows 2 KB of metadata, and a step takes 66 bytes."""
+_ROOM = 1900
+"""Bytes of a trail. S3 allows 2 KB of metadata, and a step on a 16-byte ETag takes 44, so the last forty writes fit."""
 _NOTHING = "nothing"
 _NAME = "trail"
 
@@ -36,12 +37,15 @@ class Trail:
 
     def then(self, replaced: str | None, writer: str) -> Self:
         """The trail of an object that replaces this one."""
-        steps = (*self.steps, Step(_told(replaced), writer))
-        return type(self)(steps if len(steps) <= LONGEST else (steps[0], *steps[1 - LONGEST :]))
+        first, *later = (*self.steps, Step(_told(replaced), writer))
+        # The first says who created the object, and is kept; of the others the oldest make room.
+        while len(_text((first, *later))) > _ROOM and len(later) > 1:
+            del later[0]
+        return type(self)((first, *later))
 
     @property
     def metadata(self) -> dict[str, str]:
-        return {_NAME: " ".join(f"{step.replaced}:{step.writer}" for step in self.steps)}
+        return {_NAME: _text(self.steps)}
 
     def version_by(self, writer: str, standing: str) -> str | None:
         """The version that writer wrote, where `standing` is the last one; None if it is not among these writes."""
@@ -52,6 +56,15 @@ class Trail:
     def replaces(self, version: str | None) -> bool:
         """Whether one of these writes replaced that version; nobody else can then."""
         return any(step.replaced == _told(version) for step in self.steps)
+
+
+def new_writer() -> str:
+    """A name that no other write has."""
+    return token_urlsafe(8)
+
+
+def _text(steps: tuple[Step, ...]) -> str:
+    return " ".join(f"{step.replaced}:{step.writer}" for step in steps)
 
 
 def _told(version: str | None) -> str:
