@@ -35,7 +35,7 @@ demo: $(INSTALLED) ## from video files to a served video, on this machine
 
 # Two at a time, a file a process, so that what a file's tests share is made once.
 test: $(INSTALLED) ## the tests that need no GPU and no cluster
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED) ## format, lint, types, import layers
 	$(BIN)/ruff format --check

@@ -4,9 +4,14 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from webdataset.tariterators import (  # pyright: ignore[reportMissingTypeStubs]
+    group_by_keys,  # pyright: ignore[reportUnknownVariableType]
+    tar_file_expander,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from model.data.clips import shape_samples
 from model.data.encoding import Encoding
@@ -68,6 +73,20 @@ def test_the_index_counts_shards_and_sources(tmp_path: Path) -> None:
     ]
     totals = {source: (total.samples, total.frames) for source, total in shards.sources.items()}
     assert totals == {"moving_shapes": (5, 20), "noise": (1, 7)}
+
+
+def test_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
+    written = samples(3)
+    write(tmp_path, written)
+    found: list[dict[str, Any]] = []
+    for path in sorted(tmp_path.glob("*.tar")):
+        with path.open("rb") as file:
+            found += ({**sample} for sample in group_by_keys(tar_file_expander([{"url": path.name, "stream": file}])))
+    assert [sample["__key__"] for sample in found] == [sample.key for sample in written]
+    for sample, expected in zip(found, written, strict=True):
+        facts = json.loads(sample["json"])
+        assert facts["caption"] == expected.caption and facts["color"] == expected.extra["color"]
+        assert np.array_equal(np.load(io.BytesIO(sample["frames.npy"]), allow_pickle=False), expected.frames)
 
 
 def test_a_plain_tar_reader_sees_webdataset_groups(tmp_path: Path) -> None:
